@@ -1,0 +1,1 @@
+"""Helpers without registries: errors, keyed randomness, weights, environment."""

@@ -1,0 +1,96 @@
+"""Errors that are meant for people, and the one place where tools turn them into messages."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Something the user gave is wrong; the text says what, what was expected and what to do.
+
+    A tool prints it as one message and leaves with exit code 2.
+    """
+
+
+class ConfigError(UserError, ValueError):
+    """A config, or a value that came from one, cannot be used."""
+
+
+class InputTypeError(UserError, TypeError):
+    """A value has the wrong type."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that was named does not exist."""
+
+
+class DataError(UserError, ValueError):
+    """A data set or one of its files cannot be used."""
+
+
+class CheckpointError(UserError, ValueError):
+    """A checkpoint cannot be read, or does not belong to the model."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Return the known names nearest to a misspelt one, best first.
+
+    Args:
+        name: The name that was not found.
+        known: The names that exist.
+        count: How many to return at most.
+    """
+    by_lower: dict[str, str] = {}
+    for item in known:
+        by_lower.setdefault(item.lower(), item)
+    found = difflib.get_close_matches(name.lower(), list(by_lower), n=count, cutoff=0.6)
+    return [by_lower[item] for item in found]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean 'a' or 'b'?`, or an empty string when nothing is near."""
+    names = nearest(name, known)
+    if not names:
+        return ""
+    return " Did you mean " + " or ".join(repr(item) for item in names) + "?"
+
+
+def message_of(error: BaseException) -> str:
+    """Return the human part of an error that may have travelled out of a loader worker.
+
+    A DataLoader worker re-raises an exception of the same class whose text is the whole formatted
+    traceback; only what stands behind the last class name is meant for people.
+    """
+    text = str(error)
+    if "Original Traceback" in text:
+        marks = list(re.finditer(rf"^\S*{type(error).__name__}: ", text, flags=re.MULTILINE))
+        if marks:
+            text = text[marks[-1].end() :]
+    return text.strip()
+
+
+def run_tool(main: Callable[[], int | None]) -> int:
+    """Run a tool's main function and turn user errors into one message.
+
+    Args:
+        main: The function to run; its integer result is the exit code, None counts as 0.
+
+    Returns:
+        The exit code: 2 after a `UserError` (set `PATCHREG_TRACEBACK=1` to see where it was raised), 130
+        after Ctrl-C.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        if os.environ.get("PATCHREG_TRACEBACK") == "1":
+            raise
+        if int(os.environ.get("RANK", 0)) == 0 or os.environ.get("PATCHREG_ALL_RANKS") == "1":
+            print(f"error: {message_of(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,131 @@
+"""Reading weight files safely."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchreg.utils.errors import CheckpointError, MissingFileError
+
+_CONTAINERS = ("state_dict", "model", "state_dict_ema", "model_state_dict")
+
+
+def maker_of(path: str | os.PathLike[str]) -> str | None:
+    """Return the config that writes a checkpoint under `work_dirs/`, if the path tells.
+
+    Args:
+        path: Path of a checkpoint that is missing.
+    """
+    parts = Path(path).parts
+    if "work_dirs" not in parts:
+        return None
+    tail = parts[parts.index("work_dirs") + 1 : -1]
+    for stop in range(len(tail), 0, -1):
+        config = Path("configs", *tail[:stop]).with_suffix(".py")
+        if config.is_file():
+            return str(config)
+    return None
+
+
+def load_file(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint file without running any code from it.
+
+    `.safetensors` files are read as such; everything else goes through torch's weights-only unpickler.
+
+    Args:
+        path: File to read.
+        map_location: Where tensors go, as in `torch.load`.
+
+    Raises:
+        MissingFileError: The file does not exist; names the config that makes it when the path tells.
+        CheckpointError: The file is damaged, is no checkpoint, or holds pickled objects.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        kind = "is a folder" if os.path.isdir(path) else "does not exist"
+        maker = maker_of(path)
+        remedy = f"make it with: python tools/train.py {maker}" if maker else "check the path"
+        raise MissingFileError(f"checkpoint '{path}' {kind}; {remedy}")
+    if path.endswith(".safetensors"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file as read
+
+        try:
+            return read(path, device=str(map_location))
+        except (SafetensorError, ValueError, OSError) as error:
+            raise CheckpointError(
+                f"'{path}' is not a readable safetensors file ({error}); it may be truncated: "
+                "fetch or save it again"
+            ) from error
+    try:
+        loaded = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n", 1)[0]
+        if "Unsupported" in reason or "WeightsUnpickler" in str(error) or "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"'{path}' is a pickle that holds more than tensors and plain values, and is not loaded "
+                "because unpickling can run code; convert it on a machine that trusts it (save only its "
+                "state dict), or use tools/convert.py for the layouts it knows"
+            ) from error
+        raise CheckpointError(
+            f"'{path}' is not a checkpoint or is damaged ({reason}); expected a file written by "
+            "torch.save or a .safetensors file"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise CheckpointError(
+            f"'{path}' cannot be read as a checkpoint ({reason}); it is truncated or was not written by "
+            "torch.save: fetch or save it again"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(
+            f"'{path}' holds a {type(loaded).__name__}; expected a dict of tensors or a checkpoint dict "
+            "with the key 'state_dict' or 'model'"
+        )
+    return loaded
+
+
+def load_weights(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Tensor]:
+    """Read the flat state dict of a weight file, whatever the container around it.
+
+    Args:
+        path: File to read.
+        map_location: Where tensors go, as in `torch.load`.
+
+    Raises:
+        MissingFileError: The file does not exist.
+        CheckpointError: No dict of tensors is inside.
+    """
+    return state_dict_of(load_file(path, map_location), path)
+
+
+def state_dict_of(loaded: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Take the flat state dict out of a loaded file; a `module.` prefix of data parallel is removed.
+
+    Args:
+        loaded: What `load_file` returned.
+        path: Where it came from, for the message.
+
+    Raises:
+        CheckpointError: No dict of tensors is inside.
+    """
+    state: Any = loaded
+    for key in _CONTAINERS:
+        if isinstance(loaded.get(key), dict):
+            state = loaded[key]
+            break
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        keys = ", ".join(repr(key) for key in list(loaded)[:6])
+        raise CheckpointError(
+            f"'{os.fspath(path)}' holds no weights (its keys: {keys}); expected a state dict, alone or under "
+            "one of " + ", ".join(repr(key) for key in _CONTAINERS)
+        )
+    if all(key.startswith("module.") for key in tensors):
+        tensors = {key[len("module.") :]: value for key, value in tensors.items()}
+    return tensors
