@@ -1,0 +1,366 @@
+"""From a config file to a runner."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mmengine.dist
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import DATASETS as ROOT_DATASETS
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from patchreg.datasets.keyed import KeyedDataset
+from patchreg.registry import RUNNERS
+from patchreg.runner.checkpoint import load_state, plain_message_hub, restore_message_hub
+from patchreg.runner.launch import init_processes
+from patchreg.runner.strict import check_config, check_options, check_shadowed_helpers
+from patchreg.utils.errors import ConfigError, MissingFileError, UserError
+from patchreg.utils.random import batch_random
+from patchreg.utils.weights import load_file, state_dict_of
+
+_GENERIC = {
+    f"{when}_{stage}_{what}": f"_{when}_{what}"
+    for when in ("before", "after")
+    for stage in ("train", "val", "test")
+    for what in ("iter", "epoch")
+}
+
+
+@RUNNERS.register_module()
+class EngineRunner(Runner):
+    """MMEngine's Runner with keyed data, safe atomic checkpoints and resumable loops.
+
+    Built by `build_runner`; the arguments are those of `mmengine.runner.Runner`.
+    """
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """Join the process group in a way that works without GPUs, then as MMEngine.
+
+        Args:
+            env_cfg: As for MMEngine; `dist_cfg` may hold backend, timeout and port.
+        """
+        self._overriding: dict[str, list[Hook]] = {}
+        init_processes(self._launcher, **env_cfg.get("dist_cfg", {}))
+        super().setup_env(env_cfg)
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """Call a hook point on the hooks that implement it, in order of priority.
+
+        Args:
+            fn_name: Name of the hook point.
+            kwargs: What the hook point passes.
+        """
+        if fn_name not in self._overriding:
+            self._overriding[fn_name] = [
+                hook for hook in self._hooks if _implements(type(hook), fn_name)
+            ]
+        for hook in self._overriding[fn_name]:
+            getattr(hook, fn_name)(self, **kwargs)
+        if fn_name == "before_save_checkpoint":
+            # Last of all, so that whatever hooks added to the hub is turned into plain values too.
+            checkpoint = kwargs["checkpoint"]
+            checkpoint["message_hub"] = plain_message_hub(checkpoint["message_hub"])
+
+    def register_hook(self, hook: Any, priority: Any = None) -> None:
+        """Insert a hook by priority.
+
+        Args:
+            hook: Hook or its config.
+            priority: Overrides the hook's own.
+        """
+        super().register_hook(hook, priority)
+        self._overriding.clear()
+
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """Build a loader whose augmentation is keyed by (seed, epoch, sample index, view).
+
+        Args:
+            dataloader: A loader, or its config; `bad_samples` may be 'error' or 'skip'.
+            seed: Seed of the run.
+            diff_rank_seed: Not used for data: all processes must agree on the order.
+        """
+        if isinstance(dataloader, DataLoader):
+            return dataloader
+        config = copy.deepcopy(dataloader)
+        bad_samples = config.pop("bad_samples", "error")
+        dataset = config["dataset"]
+        if isinstance(dataset, Mapping):
+            dataset = ROOT_DATASETS.build(dataset)
+            if hasattr(dataset, "full_init"):
+                dataset.full_init()
+        config["dataset"] = KeyedDataset(dataset, seed or 0, bad_samples)
+        return Runner.build_dataloader(config, seed=seed)
+
+    def build_train_loop(self, loop: Any) -> Any:
+        """Build the training loop; `by_epoch` chooses between the resumable loops.
+
+        Args:
+            loop: A loop or its config.
+        """
+        if isinstance(loop, Mapping) and "type" not in loop:
+            loop = dict(loop)
+            loop["type"] = "EpochLoop" if loop.pop("by_epoch", True) else "IterLoop"
+        return super().build_train_loop(loop)
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        map_location: Any = "cpu",
+        strict: bool = False,
+        revise_keys: Sequence = (),
+    ) -> dict[str, Any]:
+        """Load weights from a file without running any code from it.
+
+        Args:
+            filename: Local path.
+            map_location: Where tensors go.
+            strict: Whether every key must match.
+            revise_keys: Not used; convert foreign layouts with tools/convert.py.
+
+        Raises:
+            CheckpointError: The file is damaged or belongs to another model.
+        """
+        checkpoint = load_file(filename, map_location)
+        checkpoint["state_dict"] = state_dict_of(checkpoint, filename)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        load_state(model, checkpoint["state_dict"], filename, strict, self.logger)
+        self._has_loaded = True
+        self.logger.info(f"loaded {filename}")
+        return checkpoint
+
+    def load_or_resume(self) -> None:
+        """Load weights for evaluation or as a start, or resume a run."""
+        if self._has_loaded:
+            return
+        if self._resume:
+            source = self._load_from or latest_checkpoint(self.work_dir)
+            if source is None:
+                self.logger.info(f"nothing to resume in {self.work_dir}; training starts from scratch")
+            else:
+                self.resume(source)
+        elif self._load_from is not None:
+            training = isinstance(self._train_loop, torch.nn.Module) or self._train_loop is not None
+            self.load_checkpoint(self._load_from, strict=not training)
+
+    def resume(
+        self,
+        filename: str,
+        resume_optimizer: bool = True,
+        resume_param_scheduler: bool = True,
+        map_location: Any = "default",
+    ) -> None:
+        """Continue a run: weights, optimiser, schedules, counters, logs and seed.
+
+        Args:
+            filename: Checkpoint of this project.
+            resume_optimizer: Whether to restore the optimiser.
+            resume_param_scheduler: Whether to restore the schedules.
+            map_location: Where tensors go; by default the device of the run.
+
+        Raises:
+            ConfigError: The file holds weights only, so there is nothing to continue.
+        """
+        device = get_device() if map_location == "default" else map_location
+        checkpoint = self.load_checkpoint(filename, map_location=device, strict=True)
+        if "meta" not in checkpoint or "iter" not in checkpoint["meta"]:
+            raise ConfigError(
+                f"'{filename}' holds weights only and cannot be resumed; start from them with "
+                f"--cfg-options load_from={filename}"
+            )
+        meta = checkpoint["meta"]
+        seed = meta.get("seed")
+        if seed is not None and seed != self.seed:
+            self.logger.warning(f"seed {self.seed} is replaced by the checkpoint's {seed}")
+            self._randomness_cfg.update(seed=seed)
+            self.set_randomness(**self._randomness_cfg)
+        self.train_loop._epoch = meta["epoch"]
+        self.train_loop._iter = meta["iter"]
+        restore_message_hub(self.message_hub, checkpoint["message_hub"])
+        if resume_optimizer and "optimizer" in checkpoint:
+            self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
+            self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
+        if resume_param_scheduler and "param_schedulers" in checkpoint and self.param_schedulers:
+            self.param_schedulers = self.build_param_scheduler(self.param_schedulers)
+            restored = checkpoint["param_schedulers"]
+            for mine, theirs in _scheduler_pairs(self.param_schedulers, restored):
+                mine.load_state_dict(theirs)
+        self.logger.info(f"resumed at epoch {self.epoch}, iteration {self.iter} from {filename}")
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint under a temporary name, then rename it.
+
+        Args:
+            out_dir: Folder.
+            filename: Name of the file in it.
+            args: As for MMEngine.
+            kwargs: As for MMEngine.
+        """
+        if not mmengine.dist.is_main_process():
+            return
+        partial = f".{filename}.partial"
+        super().save_checkpoint(out_dir, partial, *args, **kwargs)
+        os.replace(os.path.join(out_dir, partial), os.path.join(out_dir, filename))
+
+    def val(self) -> dict:
+        """Evaluate on the validation set, with draws from the global generators."""
+        batch_random.end()
+        return super().val()
+
+
+def _implements(hook: type, point: str) -> bool:
+    for name in (point, _GENERIC.get(point)):
+        if name is not None and getattr(hook, name, None) is not getattr(Hook, name, None):
+            return True
+    return False
+
+
+def _scheduler_pairs(mine: Any, theirs: Any) -> list[tuple[Any, Any]]:
+    if isinstance(mine, dict):
+        return [pair for name in mine for pair in zip(mine[name], theirs[name], strict=True)]
+    return list(zip(mine, theirs, strict=True))
+
+
+def latest_checkpoint(work_dir: str | os.PathLike[str]) -> str | None:
+    """Return the newest checkpoint of a work dir, or None.
+
+    Args:
+        work_dir: Folder of a run.
+    """
+    pointer = Path(work_dir, "last_checkpoint")
+    if pointer.is_file():
+        name = Path(pointer.read_text().strip()).name
+        if Path(work_dir, name).is_file():
+            return str(Path(work_dir, name))
+    found = sorted(Path(work_dir).glob("*.pth"), key=lambda path: path.stat().st_mtime)
+    return str(found[-1]) if found else None
+
+
+def default_work_dir(config_path: str | os.PathLike[str]) -> str:
+    """Return `work_dirs/<method>/<leaf>` for `configs/<method>/<leaf>.py`.
+
+    Args:
+        config_path: Path of a config.
+    """
+    parts = Path(config_path).with_suffix("").parts
+    if "configs" in parts:
+        parts = parts[len(parts) - parts[::-1].index("configs") :]
+    else:
+        parts = parts[-1:]
+    return os.path.join("work_dirs", *parts)
+
+
+def load_config(
+    path: str | os.PathLike[str],
+    options: Mapping[str, Any] | None = None,
+    work_dir: str | None = None,
+) -> Config:
+    """Read a config file, apply overrides and check every key of it.
+
+    Args:
+        path: Config file.
+        options: Overrides by dotted key, as `--cfg-options` gives them.
+        work_dir: Where the run writes; by default `work_dirs/<method>/<leaf>`.
+
+    Raises:
+        MissingFileError: The file does not exist.
+        ConfigError: A key, argument, type or name in it is wrong; says which and what is nearest.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise MissingFileError(_missing_config(path))
+    try:
+        config = Config.fromfile(path)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except FileNotFoundError as error:
+        raise MissingFileError(f"config '{path}' names a base that does not exist: {error}") from error
+    except Exception as error:
+        raise ConfigError(
+            f"config '{path}' cannot be read: {type(error).__name__}: {error}"
+        ) from error
+    check_shadowed_helpers(path)
+    if options:
+        check_options(config, options)
+        try:
+            config.merge_from_dict(dict(options))
+        except (KeyError, IndexError, TypeError, AssertionError) as error:
+            raise ConfigError(
+                f"--cfg-options cannot be applied: {error}; list items are addressed by their number "
+                "(train_dataloader.dataset.pipeline.0.scale=64)"
+            ) from error
+    if work_dir is not None:
+        config.work_dir = work_dir
+    elif config.get("work_dir") is None:
+        config.work_dir = default_work_dir(path)
+    check_config(config)
+    return config
+
+
+def _missing_config(path: str) -> str:
+    folder, stem = Path(path).parent, Path(path).name
+    text = f"config '{path}' does not exist"
+    from patchreg.utils.errors import did_you_mean
+
+    if folder.is_dir():
+        return text + "." + did_you_mean(stem, [item.name for item in folder.glob("*.py")])
+    known = [str(item) for item in Path("configs").glob("*/*.py")]
+    return text + "." + did_you_mean(path, known)
+
+
+@contextmanager
+def config_errors(what: str) -> Any:
+    """Turn errors of constructors that a config feeds into config errors.
+
+    Args:
+        what: What is being built, for the message.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{what}: {error}") from error
+    except (ValueError, TypeError, KeyError, AssertionError, ImportError) as error:
+        if os.environ.get("PATCHREG_TRACEBACK") == "1":
+            raise
+        raise ConfigError(
+            f"{what}: {error or type(error).__name__} (PATCHREG_TRACEBACK=1 shows where)"
+        ) from error
+
+
+def build_runner(config: Config) -> EngineRunner:
+    """Build the runner of a checked config.
+
+    Args:
+        config: What `load_config` returned.
+
+    Raises:
+        ConfigError: A part cannot be built from its arguments.
+    """
+    config = copy.deepcopy(config)
+    if config.get("randomness", {}).get("seed") is None:
+        config.setdefault("randomness", {})["seed"] = 0
+    folder = Path(config.work_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"work dir '{folder}' cannot be made ({error.strerror}); choose another with --work-dir"
+        ) from error
+    with config_errors("the config cannot be built"):
+        runner = EngineRunner.from_cfg(config)
+    return runner

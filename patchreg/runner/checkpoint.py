@@ -1,0 +1,136 @@
+"""What a checkpoint holds, and how it goes into a model."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer, MessageHub
+from torch import Tensor, nn
+
+from patchreg.utils.errors import CheckpointError
+
+_SHOWN = 4
+
+
+def plain_message_hub(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the state of a message hub into tensors and plain values.
+
+    MMEngine stores its HistoryBuffer objects, which a weights-only load refuses.
+
+    Args:
+        state: `MessageHub.state_dict()`.
+    """
+    scalars = {}
+    for key, buffer in state["log_scalars"].items():
+        values, counts = buffer.data
+        scalars[key] = {
+            "values": torch.from_numpy(np.asarray(values, dtype=np.float64).copy()),
+            "counts": torch.from_numpy(np.asarray(counts, dtype=np.int64).copy()),
+            "max_length": int(buffer._max_length),
+        }
+    infos = {key: value for key, value in state["runtime_info"].items() if _is_plain(value)}
+    return {
+        "log_scalars": scalars,
+        "runtime_info": infos,
+        "resumed_keys": {key: bool(value) for key, value in state["resumed_keys"].items()},
+    }
+
+
+def restore_message_hub(hub: MessageHub, state: Mapping[str, Any]) -> None:
+    """Put a plain state back into a message hub.
+
+    Args:
+        hub: The hub of the run.
+        state: What `plain_message_hub` returned.
+    """
+    scalars = OrderedDict(
+        (
+            key,
+            HistoryBuffer(
+                log_history=item["values"].tolist(),
+                count_history=item["counts"].tolist(),
+                max_length=item["max_length"],
+            ),
+        )
+        for key, item in state["log_scalars"].items()
+    )
+    hub.load_state_dict(
+        {
+            "log_scalars": scalars,
+            "runtime_info": OrderedDict(state["runtime_info"]),
+            "resumed_keys": OrderedDict(state["resumed_keys"]),
+        }
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str, Tensor))
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    strict: bool,
+    logger: logging.Logger | None = None,
+) -> None:
+    """Load weights into a model; all or nothing.
+
+    Args:
+        model: The model, not wrapped.
+        state: Flat state dict.
+        source: Where it came from, for messages.
+        strict: Whether every key must match; otherwise missing and unexpected keys are logged, but a shape that
+            differs, or no common key at all, is still an error.
+        logger: Where a partial match is reported.
+
+    Raises:
+        CheckpointError: The weights belong to another model; nothing was changed.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, the model's is {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    common = len(own) - len(missing)
+    if shapes or common == 0 or (strict and (missing or unexpected)):
+        parts = []
+        if shapes:
+            parts.append(f"other shapes: {_list(shapes)}")
+        if missing:
+            parts.append(f"missing: {_list(missing)}")
+        if unexpected:
+            parts.append(f"not in the model: {_list(unexpected)}")
+        raise CheckpointError(
+            f"checkpoint '{source}' does not belong to this model ({common} of {len(own)} keys match; "
+            + "; ".join(parts)
+            + "). Use the config it was trained with (kept beside it in the work dir), or convert it with "
+            "tools/convert.py"
+        )
+    model.load_state_dict(state, strict=False)
+    if logger is not None and (missing or unexpected):
+        logger.warning(
+            "loaded %d of %d keys from %s; missing: %s; not used: %s",
+            common,
+            len(own),
+            source,
+            _list(missing) or "none",
+            _list(unexpected) or "none",
+        )
