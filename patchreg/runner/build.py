@@ -22,19 +22,12 @@ from torch.utils.data import DataLoader
 from patchreg.datasets.keyed import KeyedDataset
 from patchreg.registry import RUNNERS
 from patchreg.runner.checkpoint import load_state, plain_message_hub, restore_message_hub
+from patchreg.runner.explain import implements
 from patchreg.runner.launch import init_processes
 from patchreg.runner.strict import check_config, check_options, check_shadowed_helpers
 from patchreg.utils.errors import ConfigError, MissingFileError, UserError
 from patchreg.utils.random import batch_random
 from patchreg.utils.weights import load_file, state_dict_of
-
-_GENERIC = {
-    f"{when}_{stage}_{what}": f"_{when}_{what}"
-    for when in ("before", "after")
-    for stage in ("train", "val", "test")
-    for what in ("iter", "epoch")
-}
-
 
 @RUNNERS.register_module()
 class EngineRunner(Runner):
@@ -62,7 +55,7 @@ class EngineRunner(Runner):
         """
         if fn_name not in self._overriding:
             self._overriding[fn_name] = [
-                hook for hook in self._hooks if _implements(type(hook), fn_name)
+                hook for hook in self._hooks if implements(type(hook), fn_name)
             ]
         for hook in self._overriding[fn_name]:
             getattr(hook, fn_name)(self, **kwargs)
@@ -215,17 +208,23 @@ class EngineRunner(Runner):
         super().save_checkpoint(out_dir, partial, *args, **kwargs)
         os.replace(os.path.join(out_dir, partial), os.path.join(out_dir, filename))
 
+    def prepare(self, mode: str) -> None:
+        """Build everything that MMEngine would build at the first use, so that mistakes show before the run.
+
+        Args:
+            mode: `train` or `test`.
+        """
+        if mode == "test":
+            self._test_loop = self.build_test_loop(self._test_loop)
+            return
+        self._train_loop = self.build_train_loop(self._train_loop)
+        if self._val_loop is not None:
+            self._val_loop = self.build_val_loop(self._val_loop)
+
     def val(self) -> dict:
         """Evaluate on the validation set, with draws from the global generators."""
         batch_random.end()
         return super().val()
-
-
-def _implements(hook: type, point: str) -> bool:
-    for name in (point, _GENERIC.get(point)):
-        if name is not None and getattr(hook, name, None) is not getattr(Hook, name, None):
-            return True
-    return False
 
 
 def _scheduler_pairs(mine: Any, theirs: Any) -> list[tuple[Any, Any]]:

@@ -1,0 +1,189 @@
+"""What tools/train.py and tools/test.py do, for use from Python too."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from mmengine.config import Config
+
+from patchreg.runner.build import build_runner, config_errors, load_config
+from patchreg.runner.explain import describe
+from patchreg.utils.errors import ConfigError, MissingFileError, UserError
+from patchreg.utils.weights import maker_of
+
+
+def train(
+    path: str,
+    *,
+    work_dir: str | None = None,
+    resume: str | None = None,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    options: Mapping[str, Any] | None = None,
+    launcher: str = "none",
+    seed: int | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Train the model of a config, or run its stages.
+
+    Args:
+        path: Config file.
+        work_dir: Where the run writes.
+        resume: `auto`, or a checkpoint to continue from.
+        amp: Whether to train in mixed precision.
+        auto_scale_lr: Whether to scale the learning rate to the real batch size.
+        options: Overrides by dotted key.
+        launcher: What started the processes: none, pytorch, slurm or mpi.
+        seed: Seed of the run.
+        dry_run: Whether to print the flow of the config and stop.
+
+    Raises:
+        UserError: Something given is wrong; nothing is left behind.
+    """
+    config = load_config(path, options, work_dir)
+    if "stages" in config:
+        from patchreg.runner.stages import run_stages
+
+        shared = dict(amp=amp, auto_scale_lr=auto_scale_lr, launcher=launcher, seed=seed)
+        run_stages(config, resume=resume is not None, dry_run=dry_run, **shared)
+        return
+    _apply(config, launcher, seed)
+    if amp:
+        _use_amp(config)
+    if auto_scale_lr:
+        if not config.get("auto_scale_lr", {}).get("base_batch_size"):
+            raise ConfigError(
+                "--auto-scale-lr: the config does not say for which batch size its learning rate is meant; add "
+                "auto_scale_lr=dict(base_batch_size=...)"
+            )
+        config.auto_scale_lr.enable = True
+    if resume is not None:
+        config.resume = True
+        if resume != "auto":
+            _need_file(resume)
+            config.load_from = resume
+    if dry_run:
+        print(describe(config))
+        return
+    if config.get("train_cfg") is None:
+        raise ConfigError(f"'{path}' has no train_cfg: there is nothing to train; evaluate it with tools/test.py")
+    with leave_nothing_behind(config.work_dir), process_group():
+        runner = build_runner(config)
+        with config_errors("the training cannot be set up"):
+            runner.prepare("train")
+    with process_group():
+        runner.train()
+
+
+def test(
+    path: str,
+    checkpoint: str | None = None,
+    *,
+    work_dir: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    launcher: str = "none",
+    seed: int | None = None,
+    dry_run: bool = False,
+) -> dict[str, float]:
+    """Evaluate a checkpoint on the test set of a config.
+
+    Args:
+        path: Config file.
+        checkpoint: Weights; by default `load_from` of the config, or what its parts load themselves.
+        work_dir: Where the run writes.
+        options: Overrides by dotted key.
+        launcher: What started the processes: none, pytorch, slurm or mpi.
+        seed: Seed of the run.
+        dry_run: Whether to print the flow of the config and stop.
+
+    Returns:
+        The metrics; empty after a dry run.
+
+    Raises:
+        UserError: Something given is wrong.
+    """
+    config = load_config(path, options, work_dir)
+    _apply(config, launcher, seed)
+    for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
+        config.pop(key, None)
+    if checkpoint is not None:
+        _need_file(checkpoint)
+        config.load_from = checkpoint
+    if dry_run:
+        print(describe(config))
+        return {}
+    if config.get("test_cfg") is None:
+        raise ConfigError(f"'{path}' has no test_cfg, test_dataloader and test_evaluator: nothing to evaluate")
+    with leave_nothing_behind(config.work_dir), process_group():
+        runner = build_runner(config)
+        if config.get("load_from") is None and "Pretrained" not in str(config.model):
+            runner.logger.warning("no checkpoint given: the model is evaluated as it was initialised")
+        with config_errors("the evaluation cannot be set up"):
+            runner.prepare("test")
+    with process_group():
+        return runner.test()
+
+
+def _apply(config: Config, launcher: str, seed: int | None) -> None:
+    config.launcher = launcher
+    if seed is not None:
+        config.setdefault("randomness", {})["seed"] = seed
+
+
+def _use_amp(config: Config) -> None:
+    wrapper = config.optim_wrapper
+    kind = wrapper.get("type", "OptimWrapper")
+    if kind not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise ConfigError(f"--amp works with OptimWrapper, but optim_wrapper.type is '{kind}'")
+    wrapper.type = "AmpOptimWrapper"
+
+
+def _need_file(path: str) -> None:
+    if not os.path.isfile(path):
+        maker = maker_of(path)
+        remedy = f"make it with: python tools/train.py {maker}" if maker else "check the path"
+        raise MissingFileError(f"checkpoint '{path}' does not exist; {remedy}")
+
+
+@contextmanager
+def leave_nothing_behind(work_dir: str) -> Iterator[None]:
+    """Remove what a run that could not start has written to its work dir.
+
+    Args:
+        work_dir: Folder of the run.
+    """
+    folder = Path(work_dir)
+    existed = folder.is_dir()
+    before = set(folder.iterdir()) if existed else set()
+    kept = {item: item.read_bytes() for item in before if item.suffix == ".py"}
+    try:
+        yield
+    except UserError:
+        if folder.is_dir():
+            for item in set(folder.iterdir()) - before:
+                if item.is_dir():
+                    shutil.rmtree(item, ignore_errors=True)
+                else:
+                    item.unlink(missing_ok=True)
+            for item, content in kept.items():
+                item.write_bytes(content)
+            if not existed:
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Leave the process group when a run fails, so that the other processes notice at once."""
+    try:
+        yield
+    except BaseException:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
