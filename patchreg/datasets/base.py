@@ -17,9 +17,9 @@ from patchreg.utils.errors import ConfigError, DataError
 class LabelledDataset(BaseDataset):
     """Data set whose annotations are one integer label per row, kept as arrays and not as dicts.
 
-    A subclass fills `labels` and, through `set_classes`, the class names in `load_samples`, and returns
-    the content of one row from `read_sample`. Images are RGB, height x width x channel, uint8,
-    everywhere in this package.
+    A subclass fills `labels` and, through `set_classes`, the class names in `load_samples`, and
+    returns the content of one row from `read_sample`. Images are RGB, height x width x channel,
+    uint8, everywhere in this package.
 
     Differs from official:
         `mmengine.dataset.BaseDataset` pickles one dict per image; a million images cost seconds and
@@ -29,8 +29,8 @@ class LabelledDataset(BaseDataset):
         data_root: Folder of the data set.
         split: Part of the data set.
         pipeline: Transforms, as configs or callables, applied in order.
-        subset: Use only this many images, the same share of every class, drawn once by `subset_seed`.
-            A smaller subset lies inside a larger one. None uses all.
+        subset: Use only this many images, the same share of every class, drawn once by
+            `subset_seed`. A smaller subset lies inside a larger one. None uses all.
         subset_seed: Seed of that draw.
         metainfo: Extra meta information; wins over that of the data set.
         test_mode: Whether a transform that gives up on an image is an error instead of a redraw.
@@ -154,12 +154,15 @@ class LabelledDataset(BaseDataset):
             DataError: No sample, or a label without a class.
         """
         if not len(self.labels):
-            raise DataError(f"{source} holds no samples; give a folder or file with at least one image")
+            raise DataError(
+                f"{source} holds no samples; give a folder or file with at least one image"
+            )
         count = len(self._metainfo["classes"])
         if self.labels.min() < 0 or self.labels.max() >= count:
             raise DataError(
-                f"{source} holds labels from {self.labels.min()} to {self.labels.max()}, but there are "
-                f"{count} classes (labels 0 to {count - 1}); correct the labels or the class list"
+                f"{source} holds labels from {self.labels.min()} to {self.labels.max()}, but "
+                f"there are {count} classes (labels 0 to {count - 1}); correct the labels or the "
+                "class list"
             )
 
 

@@ -14,7 +14,18 @@ from patchreg.datasets.base import LabelledDataset
 from patchreg.registry import DATASETS
 from patchreg.utils.errors import DataError, MissingFileError
 
-CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 # The fine labels, in label order.
 CIFAR100_CLASSES = tuple(
     """
@@ -26,7 +37,7 @@ CIFAR100_CLASSES = tuple(
     plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
     skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
     television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
-    """.split()
+    """.split()  # noqa: SIM905 - quoted, it fills a hundred lines
 )
 
 PIXELS = 32 * 32 * 3
@@ -63,8 +74,8 @@ def read_pickled_batch(path: Path, md5: str | None) -> dict[bytes, Any]:
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 is not None and found != md5:
         raise DataError(
-            f"'{path}' is not the official file (md5 {found}, expected {md5}); it is not opened because "
-            "unpickling a foreign file can run code. Fetch the official archive again"
+            f"'{path}' is not the official file (md5 {found}, expected {md5}); it is not opened "
+            "because unpickling a foreign file can run code. Fetch the official archive again"
         )
     try:
         return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
@@ -120,8 +131,8 @@ class _CIFARDataset(LabelledDataset):
         """Say which layouts are understood and how to get the data."""
         binary = ", ".join(entry[2] for entry in self.FILES["train"] + self.FILES["test"])
         return (
-            f"{self.NAME} was not found under '{self.data_root}'. Expected one of: the prepared files "
-            "train_images.npy, train_labels.npy, test_images.npy, test_labels.npy; a folder "
+            f"{self.NAME} was not found under '{self.data_root}'. Expected one of: the prepared "
+            "files train_images.npy, train_labels.npy, test_images.npy, test_labels.npy; a folder "
             f"{self.BINARY_DIR}/ with {binary}; a folder {self.PYTHON_DIR}/ of the Python version. "
             f"Make the first with: python tools/prepare_data.py {self.NAME} --out "
             f"{Path(self.data_root).parent}"
@@ -161,8 +172,8 @@ class _CIFARDataset(LabelledDataset):
             ) from error
         if pixels.shape != (count, 32, 32, 3) or pixels.dtype != np.uint8:
             raise DataError(
-                f"'{images}' holds {pixels.dtype} {pixels.shape}; expected uint8 ({count}, 32, 32, 3). "
-                f"Delete it and run python tools/prepare_data.py {self.NAME} again"
+                f"'{images}' holds {pixels.dtype} {pixels.shape}; expected uint8 ({count}, 32, "
+                f"32, 3). Delete it and run python tools/prepare_data.py {self.NAME} again"
             )
         if targets.shape != (count,):
             raise DataError(f"'{labels}' holds {targets.shape} labels; expected ({count},)")
@@ -196,9 +207,10 @@ class _CIFARDataset(LabelledDataset):
 class CIFAR10Dataset(_CIFARDataset):
     """CIFAR-10: 50000 training and 10000 test images, 32 x 32 RGB, 10 classes.
 
-    Reads, in this order: the files of `tools/prepare_data.py cifar10` (memory-mapped), the official binary
-    version, the official Python version (only after its checksum matched, and with an unpickler that
-    knows arrays only). Samples carry `img` (uint8 RGB, height x width x channel), `gt_label`, `sample_idx`.
+    Reads, in this order: the files of `tools/prepare_data.py cifar10` (memory-mapped), the official
+    binary version, the official Python version (only after its checksum matched, and with an
+    unpickler that knows arrays only). Samples carry `img` (uint8 RGB, height x width x channel),
+    `gt_label`, `sample_idx`.
 
     Source: https://www.cs.toronto.edu/~kriz/cifar.html.
 

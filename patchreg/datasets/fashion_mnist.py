@@ -1,4 +1,5 @@
-"""The image set that comes with the package, so that every quick configuration runs without a network."""
+"""The image set that comes with the package, so that every quick configuration runs without a "
+"network."""
 
 from __future__ import annotations
 
@@ -47,10 +48,11 @@ def load_embedded(split: str, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
 class FashionMNISTMiniDataset(LabelledDataset):
     """Embedded cut of Fashion-MNIST: 10 classes, 2000 training and 500 test images.
 
-    The grey 28 x 28 images are padded with black to 32 x 32 and repeated to three channels, so that any
-    configuration for CIFAR runs on them. Licence: MIT (Zalando SE), text beside the file.
+    The grey 28 x 28 images are padded with black to 32 x 32 and repeated to three channels, so that
+    any configuration for CIFAR runs on them. Licence: MIT (Zalando SE), text beside the file.
 
-    Source: Xiao, Rasul, Vollgraf, "Fashion-MNIST", arXiv:1708.07747; the first images of each class.
+    Source: Xiao, Rasul, Vollgraf, "Fashion-MNIST", arXiv:1708.07747; the first images of each
+    class.
 
     Args:
         split: "train" or "test".

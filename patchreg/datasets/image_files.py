@@ -18,10 +18,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 
 
 def images_below(folder: str) -> Iterator[str]:
-    """Yield the paths of image files below a folder, sorted, relative to it; hidden folders are left out.
+    """Yield the paths of image files below a folder, sorted; hidden entries are left out.
 
     Args:
-        folder: Folder to walk through; links are followed.
+        folder: Folder to walk through; links are followed. Paths are relative to it.
     """
     with os.scandir(folder) as scan:
         entries = sorted(scan, key=lambda entry: entry.name)
@@ -49,7 +49,7 @@ class _FileDataset(LabelledDataset):
         return {"img_path": os.path.join(self.data_root, os.fsdecode(self.paths[row]))}
 
     def set_samples(self, paths: Sequence[str], labels: Sequence[int]) -> None:
-        """Store paths and labels compactly (a million dicts would be copied into every loader worker).
+        """Store paths and labels as arrays, which loader workers share with their parent.
 
         Args:
             paths: File names relative to `data_root`.
@@ -65,9 +65,10 @@ class ImageFolderDataset(_FileDataset):
 
     Args:
         data_root: Folder of the data set.
-        split: Sub-folder, such as "train"; empty when the class folders lie directly in `data_root`.
-        classes: Names of the class folders in label order. None takes all folders, sorted; name them when
-            a split may lack a class.
+        split: Sub-folder, such as "train"; empty when the class folders lie directly in
+            `data_root`.
+        classes: Names of the class folders in label order. None takes all folders, sorted; name
+            them when a split may lack a class.
         pipeline: Transforms, as configs or callables, applied in order; start with `LoadImage`.
         subset: Use only this many images, the same share of every class. None uses all.
         subset_seed: Seed of the draw of the subset.
@@ -81,7 +82,7 @@ class ImageFolderDataset(_FileDataset):
         DataError: There is no class folder, or one without images.
     """
 
-    SPLITS = ()
+    SPLITS: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -126,8 +127,8 @@ class ImageFolderDataset(_FileDataset):
             ]
             if not names:
                 raise DataError(
-                    f"class folder '{os.path.join(root, folder)}' holds no image ({', '.join(EXTENSIONS)}); "
-                    "put images into it or remove the folder"
+                    f"class folder '{os.path.join(root, folder)}' holds no image "
+                    f"({', '.join(EXTENSIONS)}); put images into it or remove the folder"
                 )
             paths += names
             labels += [label] * len(names)
@@ -157,16 +158,17 @@ class ImageFolderDataset(_FileDataset):
             absent = [name for name in self.class_folders if name not in set(found)]
             if absent:
                 raise MissingFileError(
-                    f"'{root}' lacks the folders of {len(absent)} of {len(self.class_folders)} named "
-                    f"classes, the first is '{absent[0]}'; add it or correct `classes`"
+                    f"'{root}' lacks the folders of {len(absent)} of {len(self.class_folders)} "
+                    f"named classes, the first is '{absent[0]}'; add it or correct `classes`"
                 )
             return self.class_folders
         if not found:
             loose = next(images_below(root), None)
             seen = f"it holds images such as '{loose}' but" if loose else "it has"
             raise DataError(
-                f"'{root}' cannot be used: {seen} no class folders; expected {root}/<class>/<image>.jpg, "
-                "or use CSVImageDataset for a table of paths and labels"
+                f"'{root}' cannot be used: {seen} no class folders; expected "
+                f"{root}/<class>/<image>.jpg, or use CSVImageDataset for a table of paths and "
+                "labels"
             )
         return found
 
@@ -181,12 +183,14 @@ class ImageFolderDataset(_FileDataset):
 
 @DATASETS.register_module()
 class ImageNetDataset(ImageFolderDataset):
-    """ImageNet-1k (ILSVRC 2012): `<data_root>/{train,val}/<wnid>/<image>.JPEG`, 1000 classes by sorted wnid.
+    """ImageNet-1k (ILSVRC 2012): `<data_root>/{train,val}/<wnid>/<image>.JPEG`.
 
-    `metainfo["wnids"]` holds the folder names, `metainfo["classes"]` readable names where mmpretrain is
-    installed, else the folder names.
+    Labels are the ranks of the 1000 sorted folder names.
+    `metainfo["wnids"]` holds the folder names, `metainfo["classes"]` readable names where
+    mmpretrain is installed, else the folder names.
 
-    Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", arXiv:1409.0575.
+    Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge",
+    arXiv:1409.0575.
 
     Args:
         data_root: Folder that holds train/ and val/.
@@ -233,10 +237,11 @@ class ImageNetDataset(ImageFolderDataset):
 
     def _layout(self) -> str:
         return (
-            f"Expected {self.data_root}/train/<wnid>/*.JPEG and {self.data_root}/val/<wnid>/*.JPEG with "
-            f"{self.CLASS_COUNT} folders n01440764 ... n15075141 each. Validation images in one flat folder are "
-            "sorted into class folders, by links, with: python tools/prepare_data.py imagenet "
-            f"--val-images DIR --out {self.data_root}"
+            f"Expected {self.data_root}/train/<wnid>/*.JPEG and "
+            f"{self.data_root}/val/<wnid>/*.JPEG with {self.CLASS_COUNT} folders n01440764 ... "
+            "n15075141 each. Validation images in one flat folder are sorted into class folders, "
+            "by links, with: python tools/prepare_data.py imagenet --val-images DIR --out "
+            f"{self.data_root}"
         )
 
     def missing_text(self, root: str) -> str:
@@ -256,7 +261,8 @@ class ImageNetDataset(ImageFolderDataset):
         """
         if len(found) != self.CLASS_COUNT:
             raise DataError(
-                f"ImageNet split '{self.split}': '{root}' has {len(found)} class folders. {self._layout()}"
+                f"ImageNet split '{self.split}': '{root}' has {len(found)} class folders. "
+                f"{self._layout()}"
             )
         self._metainfo["wnids"] = tuple(found)
         return found
@@ -278,14 +284,14 @@ class ImageNetDataset(ImageFolderDataset):
 class CSVImageDataset(_FileDataset):
     """Images named in a CSV table with the columns `path` and `label`.
 
-    Labels are class names, or the numbers 0 to K-1. Paths are relative to `data_root`, or absolute. Other
-    columns are ignored.
+    Labels are class names, or the numbers 0 to K-1. Paths are relative to `data_root`, or absolute.
+    Other columns are ignored.
 
     Args:
         ann_file: The table; relative to `data_root` unless it exists as given.
         data_root: Folder that paths start from; empty means that of the table.
-        classes: Class names in label order. None takes the sorted names, or the numbers, in the table; give them
-            when a table may lack a class.
+        classes: Class names in label order. None takes the sorted names, or the numbers, in the
+            table; give them when a table may lack a class.
         pipeline: Transforms, as configs or callables, applied in order; start with `LoadImage`.
         subset: Use only this many images, the same share of every class. None uses all.
         subset_seed: Seed of the draw of the subset.
@@ -334,7 +340,8 @@ class CSVImageDataset(_FileDataset):
         """Read and check the table."""
         if not self.table.is_file():
             raise MissingFileError(
-                f"table '{self.table}' does not exist; expected a CSV file with the header path,label"
+                f"table '{self.table}' does not exist; expected a CSV file with the header "
+                "path,label"
             )
         lines, paths, names = self._read_table()
         classes = self.class_list
@@ -357,8 +364,8 @@ class CSVImageDataset(_FileDataset):
             label = label_of[name]
             if first.setdefault(path, label) != label:
                 raise DataError(
-                    f"{self.table}:{line}: '{path}' already has the label '{classes[first[path]]}' on an "
-                    "earlier line; keep one of the two"
+                    f"{self.table}:{line}: '{path}' already has the label "
+                    f"'{classes[first[path]]}' on an earlier line; keep one of the two"
                 )
             labels.append(label)
         self.set_samples(paths, labels)
@@ -376,8 +383,8 @@ class CSVImageDataset(_FileDataset):
                 absent = [name for name in ("path", "label") if name not in columns]
                 if absent:
                     raise DataError(
-                        f"{self.table}:1: column '{absent[0]}' is missing (found: {', '.join(columns)}); "
-                        "the first line must be: path,label"
+                        f"{self.table}:1: column '{absent[0]}' is missing (found: "
+                        f"{', '.join(columns)}); the first line must be: path,label"
                     )
                 for row in reader:
                     lines.append(reader.line_num)
@@ -386,8 +393,8 @@ class CSVImageDataset(_FileDataset):
                     self._check_row(reader.line_num, paths[-1], names[-1])
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(
-                f"{self.table}, after line {lines[-1] if lines else 1}: not a CSV text in UTF-8 ({error}); "
-                "save the table again as UTF-8"
+                f"{self.table}, after line {lines[-1] if lines else 1}: not a CSV text in UTF-8 "
+                f"({error}); save the table again as UTF-8"
             ) from error
         return lines, paths, names
 

@@ -19,10 +19,10 @@ CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", 
 class INaturalistDataset(_FileDataset):
     """iNaturalist, labelled by one level of its taxonomy.
 
-    `<data_root>/{train,val}<year>.json` list images and annotations, `<data_root>/categories.json` is a list indexed
-    by category id. A label is the rank of first appearance of the category's string while going through
-    the *training* annotations; the image of an entry `a/<super-category>/b/c` lies at `<data_root>/a/b/c`
-    and its category id is b.
+    `<data_root>/{train,val}<year>.json` list images and annotations, `<data_root>/categories.json`
+    is a list indexed by category id. A label is the rank of first appearance of the category's
+    string while going through the *training* annotations; the image of an entry
+    `a/<super-category>/b/c` lies at `<data_root>/a/b/c` and its category id is b.
 
     Source: the `INatDataset` of the official DeiT training code.
 
@@ -30,8 +30,8 @@ class INaturalistDataset(_FileDataset):
         data_root: Folder with the JSON files and the images.
         split: "train" or "val".
         year: 2018 or 2019.
-        category: Level that gives the label, one of kingdom, phylum, class, order, supercategory, family,
-            genus, name.
+        category: Level that gives the label, one of kingdom, phylum, class, order, supercategory,
+            family, genus, name.
         pipeline: Transforms, as configs or callables, applied in order; start with `LoadImage`.
         subset: Use only this many images, the same share of every class. None uses all.
         subset_seed: Seed of the draw of the subset.
@@ -97,8 +97,8 @@ class INaturalistDataset(_FileDataset):
                 labels.append(label_of[names[int(parts[2])]])
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise DataError(
-                f"the files of iNaturalist {self.year} under '{self.data_root}' do not fit together "
-                f"({type(error).__name__}: {error}); expected images[].file_name as "
+                f"the files of iNaturalist {self.year} under '{self.data_root}' do not fit "
+                f"together ({type(error).__name__}: {error}); expected images[].file_name as "
                 "a/<super-category>/<category id>/<file>, annotations[].category_id, and a list in "
                 "categories.json"
             ) from error

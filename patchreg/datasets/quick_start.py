@@ -13,10 +13,11 @@ _announced: set[str] = set()
 
 @DATASETS.register_module()
 class QuickStartDataset(CIFAR10Dataset):
-    """CIFAR-10 when it lies under `data_root`, else the embedded cut of Fashion-MNIST; says which, once.
+    """CIFAR-10 when it lies under `data_root`, else the embedded cut of Fashion-MNIST.
 
-    Both have 10 classes and give 32 x 32 RGB images; `metainfo["classes"]` are those of the set in use. Files
-    that are there but damaged are an error, not a reason to fall back.
+    A log line says once which of the two it is.
+    Both have 10 classes and give 32 x 32 RGB images; `metainfo["classes"]` are those of the set in
+    use. Files that are there but damaged are an error, not a reason to fall back.
 
     Args:
         data_root: Folder in which CIFAR-10 is looked for, in the layouts of `CIFAR10Dataset`.
@@ -44,9 +45,10 @@ class QuickStartDataset(CIFAR10Dataset):
             self.images, self.labels = load_embedded(self.split)
             self.set_classes(FASHION_MNIST_CLASSES)
             self._announce(
-                f"data: CIFAR-10 is not under '{self.data_root}', so the embedded cut of Fashion-MNIST is used "
-                "(2000 training, 500 test images; accuracies are not comparable). For CIFAR-10 run: python "
-                f"tools/prepare_data.py cifar10 --out {Path(self.data_root).parent}"
+                f"data: CIFAR-10 is not under '{self.data_root}', so the embedded cut of "
+                "Fashion-MNIST is used (2000 training, 500 test images; accuracies are not "
+                "comparable). For CIFAR-10 run: python tools/prepare_data.py cifar10 --out "
+                f"{Path(self.data_root).parent}"
             )
         self.check_labels(f"the data under '{self.data_root}'")
         if self.subset is not None:

@@ -17,19 +17,21 @@ from patchreg.utils.errors import ConfigError, DataError, InputTypeError
 class ImagePreprocessor(BaseDataPreprocessor):
     """Stack, move and normalise images; in training mix them and set soft targets.
 
-    Images are RGB from reading to the model. Normalising happens on the device, so that 8-bit images travel.
-    With `batch_augment` each sample gets `gt_score`, its target distribution, in training.
+    Images are RGB from reading to the model. Normalising happens on the device, so that 8-bit
+    images travel. With `batch_augment` each sample gets `gt_score`, its target distribution, in
+    training.
 
     Args:
         mean: Mean per RGB channel, in [0, 255].
         std: Standard deviation per RGB channel, in the same unit.
         num_classes: K; needed for targets, and checked against the labels.
-        batch_augment: Config of a transform `(inputs, labels, num_classes) -> (inputs, targets)` such as
-            `BatchMixup`, used in training only.
+        batch_augment: Config of a transform `(inputs, labels, num_classes) -> (inputs, targets)`
+            such as `BatchMixup`, used in training only.
         non_blocking: Copy to the device without waiting (with `pin_memory` of the loader).
 
     Shape:
-        `inputs` of the data: [B, C, H, W] or a list of B images [C, H, W]; returns float32 [B, C, H, W].
+        `inputs` of the data: [B, C, H, W] or a list of B images [C, H, W]; returns float32 [B, C,
+        H, W].
 
     Raises:
         ConfigError: The arguments do not fit together.
@@ -53,7 +55,9 @@ class ImagePreprocessor(BaseDataPreprocessor):
                 f"mean={tuple(mean)}, std={tuple(std)}: expected one positive std per channel mean"
             )
         if batch_augment is not None and num_classes is None:
-            raise ConfigError("ImagePreprocessor: batch_augment makes targets and needs num_classes")
+            raise ConfigError(
+                "ImagePreprocessor: batch_augment makes targets and needs num_classes"
+            )
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.num_classes = num_classes
@@ -63,7 +67,8 @@ class ImagePreprocessor(BaseDataPreprocessor):
         """Return `inputs` and `data_samples` as a model takes them.
 
         Args:
-            data: Batch from the loader with `inputs` and, except for plain prediction, `data_samples`.
+            data: Batch from the loader with `inputs` and, except for plain prediction,
+                `data_samples`.
             training: Whether to mix.
         """
         inputs = self.normalise(data["inputs"])
@@ -74,8 +79,9 @@ class ImagePreprocessor(BaseDataPreprocessor):
         if training and self.batch_augment is not None:
             if labels is None:
                 raise DataError(
-                    "training with batch_augment needs one gt_label per sample; end the pipeline with "
-                    "mmpretrain.PackInputs on a data set with labels, or set batch_augment=None"
+                    "training with batch_augment needs one gt_label per sample; end the pipeline "
+                    "with mmpretrain.PackInputs on a data set with labels, or set "
+                    "batch_augment=None"
                 )
             inputs, targets = self.batch_augment(inputs, labels, self.num_classes)
             for sample, target in zip(samples, targets, strict=True):
@@ -95,13 +101,15 @@ class ImagePreprocessor(BaseDataPreprocessor):
             shapes = {tuple(image.shape) for image in inputs}
             if len(shapes) != 1:
                 raise DataError(
-                    f"images of one batch have different shapes, such as {sorted(shapes)[:3]}; end the pipeline "
-                    "with a crop or resize to one size, such as mmpretrain.CenterCrop, before PackInputs"
+                    f"images of one batch have different shapes, such as {sorted(shapes)[:3]}; "
+                    "end the pipeline with a crop or resize to one size, such as "
+                    "mmpretrain.CenterCrop, before PackInputs"
                 )
             inputs = torch.stack(list(inputs))
         if inputs.ndim != 4:
             raise InputTypeError(
-                f"inputs have shape {tuple(inputs.shape)}; expected [B, C, H, W] or a list of [C, H, W]"
+                f"inputs have shape {tuple(inputs.shape)}; expected [B, C, H, W] or a list of [C, "
+                "H, W]"
             )
         if inputs.shape[1] != len(self.mean):
             raise DataError(
@@ -121,8 +129,9 @@ class ImagePreprocessor(BaseDataPreprocessor):
             labels = torch.cat([sample.gt_label for sample in samples])
             if self.num_classes is not None and int(labels.max()) >= self.num_classes:
                 raise DataError(
-                    f"label {int(labels.max())} does not fit num_classes={self.num_classes} (labels 0 to "
-                    f"{self.num_classes - 1}); set num_classes of the preprocessor and the head to the data's"
+                    f"label {int(labels.max())} does not fit num_classes={self.num_classes} "
+                    f"(labels 0 to {self.num_classes - 1}); set num_classes of the preprocessor "
+                    "and the head to the data's"
                 )
             labels = labels.to(self.device, non_blocking=self._non_blocking)
         if self.device.type != "cpu":

@@ -47,7 +47,7 @@ def mixup(x: Tensor, partner: Tensor, lam: float) -> Tensor:
     Shape:
         x, partner, result [B, C, H, W].
     """
-    return x * lam + partner * (1.0 - lam)
+    return torch.lerp(partner, x, lam)
 
 
 def cutmix(x: Tensor, partner: Tensor, box: Box) -> Tensor:
@@ -91,13 +91,13 @@ def cutmix_box(height: int, width: int, lam: float, rng: np.random.Generator) ->
 
 @TRANSFORMS.register_module()
 class BatchMixup:
-    """Mixup or CutMix with one lambda per batch; the partner of an image is that of the reversed batch.
+    """Mixup or CutMix of a batch with itself in reversed order, with one lambda per batch.
 
     Source: DeiT recipe (arXiv:2012.12877, section 6); `Mixup` of timm 0.4.12 in its "batch" mode.
 
     Differs from official:
-        The draws come from the run's keyed generator, so a resumed run repeats them; upstream they come
-        from NumPy's global generator.
+        The draws come from the run's keyed generator, so a resumed run repeats them; upstream they
+        come from NumPy's global generator.
 
     Args:
         mixup_alpha: Parameter of Beta(a, a) for mixup; 0 switches mixup off.
@@ -105,9 +105,10 @@ class BatchMixup:
         prob: Probability to mix a batch at all.
         switch_prob: Probability of CutMix when both are on.
         label_smoothing: s in [0, 1); applied to all targets, mixed or not.
-        scope: "process", as published: every process draws for itself and mixes its own rows. "global": one draw
-            per step, partners from the reversed batch of all processes together, so that the result does not
-            depend on how many processes share the batch (each sends its images to one other).
+        scope: "process", as published: every process draws for itself and mixes its own rows.
+            "global": one draw per step, partners from the reversed batch of all processes together,
+            so that the result does not depend on how many processes share the batch (each sends its
+            images to one other).
 
     Raises:
         ConfigError: An argument is out of its range.
@@ -159,13 +160,14 @@ class BatchMixup:
         across = self.scope == "global" and _world_size() > 1
         if (len(inputs) * (_world_size() if across else 1)) % 2:
             raise ValueError(
-                f"a batch of {len(inputs)} images cannot be mixed with its reverse: the middle image would "
-                "be mixed with itself. Use an even batch size and drop_last=True in train_dataloader"
+                f"a batch of {len(inputs)} images cannot be mixed with its reverse: the middle "
+                "image would be mixed with itself. Use an even batch size and drop_last=True in "
+                "train_dataloader"
             )
         partner = _reversed_across(inputs) if across else inputs.flip(0)
         partner_targets = _reversed_across(targets) if across else targets.flip(0)
         if use_cutmix:
-            box, lam = cutmix_box(*inputs.shape[-2:], lam, rng)
+            box, lam = cutmix_box(inputs.shape[-2], inputs.shape[-1], lam, rng)
             mixed = cutmix(inputs, partner, box)
         else:
             mixed = mixup(inputs, partner, lam)
@@ -187,8 +189,9 @@ class BatchMixup:
 
     def __repr__(self) -> str:
         return (
-            f"BatchMixup(mixup_alpha={self.mixup_alpha}, cutmix_alpha={self.cutmix_alpha}, prob={self.prob}, "
-            f"switch_prob={self.switch_prob}, label_smoothing={self.label_smoothing}, scope={self.scope!r})"
+            f"BatchMixup(mixup_alpha={self.mixup_alpha}, cutmix_alpha={self.cutmix_alpha}, "
+            f"prob={self.prob}, switch_prob={self.switch_prob}, "
+            f"label_smoothing={self.label_smoothing}, scope={self.scope!r})"
         )
 
 
@@ -203,8 +206,8 @@ def _rank() -> int:
 def _reversed_across(x: Tensor) -> Tensor:
     """Return the partners of the local rows in the reversed global batch.
 
-    Row j of process r is row j W + r of the global batch, so its partner is row B - 1 - j of process
-    W - 1 - r: two processes exchange their rows, and the middle one keeps its own.
+    Row j of process r is row j W + r of the global batch, so its partner is row B - 1 - j of
+    process W - 1 - r: two processes exchange their rows, and the middle one keeps its own.
     """
     peer = _world_size() - 1 - _rank()
     if peer == _rank():

@@ -14,7 +14,8 @@ from patchreg.utils.errors import DataError, MissingFileError
 def to_rgb8(image: Image.Image) -> Image.Image:
     """Convert any image to 8-bit RGB.
 
-    Transparency is dropped, not blended, as torchvision's loader does; 16-bit grey is scaled, not clipped.
+    Transparency is dropped, not blended, as torchvision's loader does; 16-bit grey is scaled, not
+    clipped.
 
     Args:
         image: Image in any mode.
@@ -25,7 +26,9 @@ def to_rgb8(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits per channel")
+        raise ValueError(
+            "its pixels are floating-point numbers; save it with 8 or 16 bits per channel"
+        )
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64)
         if grey.max(initial=0) > 255:
@@ -39,16 +42,19 @@ def to_rgb8(image: Image.Image) -> Image.Image:
 
 @TRANSFORMS.register_module()
 class LoadImage:
-    """Read `img_path` into `img`: RGB, height x width x 3, uint8. A sample that has `img` passes unchanged.
+    """Read `img_path` into `img`: uint8 RGB, height x width x 3.
+
+    A sample that has `img` already passes unchanged.
 
     Differs from official:
-        mmpretrain's `LoadImageFromFile` gives BGR, turns images by their EXIF tag and does not say what is wrong
-        with a file. The EXIF tag is ignored by default here, as in the loaders of torchvision and timm that
-        the published numbers come from; a damaged tag never matters.
+        mmpretrain's `LoadImageFromFile` gives BGR, turns images by their EXIF tag and does not say
+        what is wrong with a file. The EXIF tag is ignored by default here, as in the loaders of
+        torchvision and timm that the published numbers come from; a damaged tag never matters.
 
     Args:
         apply_orientation: Turn the image as its EXIF tag says.
-        max_pixels: Refuse images with more pixels before decoding them (a small file can decode to gigabytes).
+        max_pixels: Refuse images with more pixels before decoding them (a small file can decode to
+            gigabytes).
 
     Raises:
         MissingFileError: The file does not exist.
@@ -98,8 +104,8 @@ class LoadImage:
         # Decoders fail with many classes, from OSError to struct.error and IndexError.
         except Exception as error:
             raise DataError(
-                f"image '{path}' cannot be read ({type(error).__name__}: {error}); it is truncated, not an image "
-                "or not supported: replace or remove it"
+                f"image '{path}' cannot be read ({type(error).__name__}: {error}); it is "
+                "truncated, not an image or not supported: replace or remove it"
             ) from error
 
     def _turn(self, image: Image.Image) -> Image.Image:
@@ -112,4 +118,6 @@ class LoadImage:
             return image
 
     def __repr__(self) -> str:
-        return f"LoadImage(apply_orientation={self.apply_orientation}, max_pixels={self.max_pixels})"
+        return (
+            f"LoadImage(apply_orientation={self.apply_orientation}, max_pixels={self.max_pixels})"
+        )

@@ -11,20 +11,22 @@ from patchreg.registry import TRANSFORMS
 
 @TRANSFORMS.register_module()
 class RGBRandAugment:
-    """mmpretrain's RandAugment with the increasing policies of timm (`rand-m9-mstd0.5-inc1`), fed in BGR.
+    """mmpretrain's RandAugment with timm's policies (`rand-m9-mstd0.5-inc1`), fed in BGR.
 
     Source: Cubuk et al., "RandAugment", arXiv:1909.13719; parameters of the DeiT recipe.
 
     Differs from official:
-        mmpretrain's colour operation weighs the channels as BGR; on RGB arrays it is off by 7 to 11 grey
-        levels from timm's, in BGR by less than one. Geometric operations interpolate with OpenCV
-        instead of Pillow (off by 1 to 2 grey levels on average, at edges); the other operations agree.
-        timm's own version is twice as slow and fails on Pillow >= 12 when it draws zero bits for posterize.
+        mmpretrain's colour operation weighs the channels as BGR; on RGB arrays it is off by 7 to 11
+        grey levels from timm's, in BGR by less than one. Geometric operations interpolate with
+        OpenCV instead of Pillow (off by 1 to 2 grey levels on average, at edges); the other
+        operations agree. timm's own version is twice as slow and fails on Pillow >= 12 when it
+        draws zero bits for posterize.
 
     Args:
         magnitude: Magnitude of all operations, in [0, 10].
         magnitude_std: Standard deviation of the normal noise on the magnitude.
-        num_ops: Operations drawn per image, with replacement; each is applied with probability one half.
+        num_ops: Operations drawn per image, with replacement; each is applied with probability one
+            half.
         fill: RGB colour in [0, 255] of pixels that come from outside the image.
 
     Shape:
