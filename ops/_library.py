@@ -19,9 +19,9 @@ INSTALL_HINT = (
     "(add `-e` for a development checkout)"
 )
 
+_GRID = "SymInt height, SymInt width, SymInt extra"
 # `mean` divides by the number of real tokens of a row. The dense operators weigh a token by the gate
 # of its region or, without a gate, by that division.
-# of its region or, when no gate is given, by that division.
 SCHEMAS = {
     "region_lengths": f"(Tensor choice, int[] splits, {_GRID}) -> Tensor",
     "region_plan": (
