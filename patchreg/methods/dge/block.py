@@ -1,0 +1,384 @@
+"""Encoder block of the Dynamic Grained Encoder: few queries, all keys.
+
+Letters: B images, H x W token grid, E extra tokens, N = E + H * W, C channels, h heads, d = C / h, M keys,
+L packed queries of the batch, Nd queries of an image in the dense form, S splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from patchreg_ops import (
+    RowPlan,
+    compress,
+    compress_dense,
+    decompress,
+    decompress_dense,
+    region_grid,
+    row_lengths,
+    row_plan,
+)
+from torch import Tensor, nn
+
+from patchreg.methods.dge.cost import BlockCost, BlockRouting, query_table
+from patchreg.methods.dge.router import DynamicGrainedEncoder, region_mean
+from patchreg.models.layers import Mlp, check_heads, drop_path
+
+
+class HostCopy:
+    """Copy of a small tensor to the host that lets the device run on until the values are read.
+
+    Args:
+        tensor: Tensor on any device.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event = None
+        self._host = tensor
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def tolist(self) -> list[int]:
+        """Return the values, waiting for the copy only."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+class PackedRows(NamedTuple):
+    """Packed queries of a batch and where each of them belongs.
+
+    Args:
+        plan: Row plan of `patchreg_ops`.
+        image: Image of every row.
+        index: Number of every row within its image.
+        longest: Most queries of an image.
+
+    Shape:
+        image and index [L] int64.
+    """
+
+    plan: RowPlan
+    image: Tensor
+    index: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, plan: RowPlan, longest: int) -> PackedRows:
+        """Number the rows of a plan.
+
+        Args:
+            plan: Row plan of `patchreg_ops`.
+            longest: Most queries of an image.
+        """
+        image = plan.rows[:, 0].contiguous()
+        starts = plan.lengths.cumsum(0) - plan.lengths
+        index = torch.arange(len(image), device=image.device) - starts.index_select(0, image)
+        return cls(plan, image, index, longest)
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+    """Let the packed queries of every image look at all keys of that image.
+
+    Queries are padded to the longest image. No mask is needed: every image has all M keys, and what the padding
+    rows see is dropped.
+
+    Source:
+        Official `batched_sparse_attention` (evaluation only and without gradient there).
+
+    Args:
+        query: Packed queries.
+        key: Keys.
+        value: Values.
+        rows: Where each query belongs.
+
+    Shape:
+        query [L, h, d]; key and value [B, h, M, d]; returns [L, h * d].
+    """
+    batch = key.shape[0]
+    count, heads, width = query.shape
+    padded = count != batch * rows.longest
+    flat = query.reshape(count, heads * width)
+    if padded:
+        slot = rows.image * rows.longest + rows.index
+        flat = flat.new_zeros(batch * rows.longest, heads * width).index_copy(0, slot, flat)
+    full = flat.view(batch, rows.longest, heads, width).transpose(1, 2)
+    out = F.scaled_dot_product_attention(full, key, value)
+    out = out.transpose(1, 2).reshape(batch * rows.longest, heads * width)
+    return out.index_select(0, slot) if padded else out
+
+
+class DGEAttention(nn.Module):
+    """Attention whose queries and keys come from different token sets.
+
+    Source:
+        Official DeiT-DGE and PVT-DGE `Attention`.
+
+    Args:
+        dims: Channels C.
+        num_heads: Heads; divides `dims`.
+        qkv_bias: Bias of the query and key/value projections.
+        drop_rate: Dropout after the output projection, in [0, 1).
+        sr_ratio: Keys and values come from squares of this many tokens per side (only with E = 0); 1 for none.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        sr_ratio: int = 1,
+    ) -> None:
+        super().__init__()
+        self.num_heads = check_heads(dims, num_heads)
+        self.sr_ratio = sr_ratio
+        self.q = nn.Linear(dims, dims, bias=qkv_bias)
+        self.kv = nn.Linear(dims, 2 * dims, bias=qkv_bias)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dims, dims, sr_ratio, sr_ratio)
+            self.norm = nn.LayerNorm(dims)
+        self.proj = nn.Linear(dims, dims)
+        self.drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
+
+    def keys(self, source: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Project keys and values.
+
+        Args:
+            source: Normed tokens.
+            grid: Their grid (H, W).
+
+        Shape:
+            source [B, N, C]; returns two tensors [B, h, M, d].
+        """
+        batch, _, dims = source.shape
+        if self.sr_ratio > 1:
+            pixels = source.transpose(1, 2).reshape(batch, dims, *grid)
+            source = self.norm(self.sr(pixels).flatten(2).transpose(1, 2))
+        pair = self.kv(source).view(batch, -1, 2, self.num_heads, dims // self.num_heads)
+        key, value = pair.permute(2, 0, 3, 1, 4).unbind(0)
+        return key, value
+
+    def forward(
+        self, tokens: Tensor, keys: tuple[Tensor, Tensor], rows: PackedRows | None = None
+    ) -> Tensor:
+        """Attend from some tokens.
+
+        Args:
+            tokens: Normed query tokens, packed if `rows` is given.
+            keys: Result of `keys`.
+            rows: Where packed queries belong, or None for equally many per image.
+
+        Shape:
+            tokens [B, Q, C] or [L, C]; returns the same.
+        """
+        key, value = keys
+        query = self.q(tokens)
+        query = query.view(*query.shape[:-1], self.num_heads, -1)
+        if rows is None:
+            out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value)
+            out = out.transpose(1, 2).reshape(tokens.shape)
+        else:
+            out = packed_attention(query, key, value, rows)
+        return self.drop(self.proj(out))
+
+
+class DGEBlock(nn.Module):
+    """Pre-norm encoder block that queries each region at the granularity its router chooses.
+
+    Three ways of execution: `dense` runs all granularities and adds them up by the gate, `sparse` runs the
+    chosen one on packed queries, and `front` runs the extra tokens only (for a last block of which nothing
+    else is read). With noise the choice is drawn and the gate carries the straight-through gradient; without, it is
+    the best one.
+
+    Source:
+        DGE (NeurIPS 2021); official `Block` wrapped by `DynamicGrainedEncoder`.
+
+    Args:
+        dims: Channels C.
+        num_heads: Attention heads.
+        splits: Queries per region side of each candidate.
+        mlp_ratio: Width of the MLP relative to `dims`.
+        qkv_bias: Bias of the query and key/value projections.
+        drop_rate: Dropout after the projection and in the MLP, in [0, 1).
+        drop_path_rate: Probability of dropping a branch, in [0, 1).
+        norm_eps: Epsilon of the layer norms.
+        sr_ratio: Spatial reduction of keys and values per side; 1 for none.
+        upstream_products: Attention products that the upstream accounting counts.
+
+    Differs from official:
+        The update is the sum of the two branches, not q2 - q0: the same value without the cancellation.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        num_heads: int,
+        splits: Sequence[int] = (4, 2, 1),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_eps: float = 1e-6,
+        sr_ratio: int = 1,
+        upstream_products: int = 2,
+    ) -> None:
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.upstream_products = upstream_products
+        self.norm1 = nn.LayerNorm(dims, eps=norm_eps)
+        self.attn = DGEAttention(dims, num_heads, qkv_bias, drop_rate, sr_ratio)
+        self.norm2 = nn.LayerNorm(dims, eps=norm_eps)
+        self.mlp = Mlp(dims, int(dims * mlp_ratio), drop_rate)
+        self.dge = DynamicGrainedEncoder(dims, splits)
+
+    def cost(self, tokens: int, routed: bool = True) -> BlockCost:
+        """Return the cost function of the block.
+
+        Args:
+            tokens: Tokens N of an image.
+            routed: Whether the router runs.
+        """
+        return BlockCost(
+            dims=self.norm1.normalized_shape[0],
+            num_heads=self.attn.num_heads,
+            mlp_dims=self.mlp.fc1.out_features,
+            tokens=tokens,
+            region=self.dge.region if routed else 0,
+            candidates=len(self.dge.candidates),
+            sr_ratio=self.attn.sr_ratio,
+            upstream_products=self.upstream_products,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        extra: int,
+        path: str = "dense",
+        noise: Tensor | None = None,
+        uniform: Tensor | None = None,
+    ) -> tuple[Tensor, BlockRouting]:
+        """Encode tokens.
+
+        Args:
+            x: Tokens, extra tokens first.
+            grid: Token grid (H, W).
+            extra: Number of extra tokens E.
+            path: `dense`, `sparse` or `front`.
+            noise: Gumbel noise for a drawn choice, or None for the best one.
+            uniform: Draws for drop path: one per branch and image, or one per branch, image and query.
+
+        Shape:
+            x [B, N, C]; noise [B, Hr, Wr, S]; uniform [B, 2] or [B, 2, >= queries of an image]; returns
+            [B, N, C], for `front` [B, E, C].
+        """
+        if path == "front":
+            return self._forward_front(x, grid, extra)
+        if path == "sparse":
+            return self._forward_sparse(x, grid, extra, noise, uniform)
+        return self._forward_dense(x, grid, extra, noise, uniform)
+
+    def _forward_dense(
+        self, x: Tensor, grid: tuple[int, int], extra: int, noise: Tensor | None, uniform: Tensor | None
+    ) -> tuple[Tensor, BlockRouting]:
+        splits = self.dge.candidates
+        pooled = compress_dense(x, splits, *grid, extra)
+        means = self._pooled_means(pooled, grid)
+        logits = self.dge.router(region_mean(x, grid, extra, self.dge.region) if means is None else means)
+        choice, gate = self.dge.choose(logits, noise)
+        if gate is None:
+            gate = self.dge.one_hot(choice, logits.dtype)
+        normed = self.norm1(pooled)
+        # The finest candidate, when it comes first, makes the first N rows the tokens themselves.
+        fine_first = splits[0] == self.dge.region
+        keys = self.attn.keys(normed[:, : x.shape[1]] if fine_first else self.norm1(x), grid)
+        if uniform is not None and uniform.ndim == 3:
+            uniform = uniform[..., : pooled.shape[1]]
+        update = self._update(pooled, normed, keys, uniform=uniform)
+        out = decompress_dense(update, gate.to(update.dtype), splits, *grid, extra, reference=x)
+        queries = extra + (gate.double() * query_table(grid, splits, x.device)).sum((1, 2, 3))
+        return out, self._record(x, grid, queries, choice, logits)
+
+    def _forward_sparse(
+        self, x: Tensor, grid: tuple[int, int], extra: int, noise: Tensor | None, uniform: Tensor | None
+    ) -> tuple[Tensor, BlockRouting]:
+        splits = self.dge.candidates
+        logits = self.dge.router(region_mean(x, grid, extra, self.dge.region))
+        choice, gate = self.dge.choose(logits, noise)
+        lengths = HostCopy(row_lengths(choice, splits, *grid, extra))
+        # Keys need no choice: they are computed while the lengths travel to the host.
+        keys = self.attn.keys(self.norm1(x), grid)
+        counts = lengths.tolist()
+        rows = PackedRows.of(row_plan(choice, splits, *grid, extra, total=sum(counts)), max(counts, default=0))
+        pooled = compress(x, rows.plan, *grid, extra)
+        if uniform is not None and uniform.ndim == 2:
+            uniform = uniform.index_select(0, rows.image)
+        elif uniform is not None:
+            uniform = uniform[rows.image, :, rows.index]
+        update = self._update(pooled, self.norm1(pooled), keys, rows, uniform)
+        if gate is None:
+            gate = self.dge.one_hot(choice, logits.dtype)
+        else:
+            update = update * self._row_gate(choice, gate, rows, grid).to(update.dtype)
+        out = decompress(update, rows.plan, reference=x)
+        queries = extra + (gate.double() * query_table(grid, splits, x.device)).sum((1, 2, 3))
+        return out, self._record(x, grid, queries, choice, logits)
+
+    def _forward_front(
+        self, x: Tensor, grid: tuple[int, int], extra: int
+    ) -> tuple[Tensor, BlockRouting]:
+        front = x[:, :extra]
+        normed = self.norm1(x)
+        out = front + self._update(front, normed[:, :extra], self.attn.keys(normed, grid))
+        queries = torch.full((len(x),), float(extra), dtype=torch.float64, device=x.device)
+        return out, self._record(x, grid, queries, None, None)
+
+    def _pooled_means(self, pooled: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """Return the region means when the last candidate (one query per region) has pooled them already."""
+        if self.dge.candidates[-1] != 1:
+            return None
+        rows, columns = region_grid(*grid, self.dge.region)
+        return pooled[:, -rows * columns :].view(len(pooled), rows, columns, -1)
+
+    def _update(
+        self,
+        tokens: Tensor,
+        normed: Tensor,
+        keys: tuple[Tensor, Tensor],
+        rows: PackedRows | None = None,
+        uniform: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the block adds to its queries, in their type (also under autocast)."""
+        first, second = (None, None) if uniform is None else uniform.unbind(1)
+        attended = drop_path(self.attn(normed, keys, rows), first, self.drop_path_rate).to(tokens.dtype)
+        changed = drop_path(self.mlp(self.norm2(tokens + attended)), second, self.drop_path_rate)
+        return attended + changed
+
+    def _row_gate(self, choice: Tensor, gate: Tensor, rows: PackedRows, grid: tuple[int, int]) -> Tensor:
+        """Return the gate value of the chosen candidate for every packed row, 1 for extra tokens."""
+        chosen = gate.gather(-1, choice.unsqueeze(-1)).flatten(1)
+        table = torch.cat((chosen.new_ones(len(chosen), 1), chosen), dim=1)
+        region = self.dge.region
+        y, x = rows.plan.rows[:, 1], rows.plan.rows[:, 2]
+        cell = (y // region) * region_grid(*grid, region)[1] + x // region + 1
+        cell = torch.where(y < 0, torch.zeros_like(cell), cell)
+        return table[rows.image, cell].unsqueeze(-1)
+
+    def _record(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        queries: Tensor,
+        choice: Tensor | None,
+        logits: Tensor | None,
+    ) -> BlockRouting:
+        static = self.cost(x.shape[1])
+        cost = static if choice is not None else self.cost(x.shape[1], routed=False)
+        return BlockRouting(cost, static, queries, choice, logits, grid, self.dge.candidates)

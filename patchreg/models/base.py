@@ -1,0 +1,211 @@
+"""What every image classifier of the project does the same way: modes, targets, predictions, selection.
+
+Letters: B images, N tokens, E extra tokens in front of the grid, H x W token grid, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from torch import Tensor
+
+from patchreg.registry import MODELS
+from patchreg.structures import PatchSelection
+from patchreg.utils.errors import DataError
+
+
+@dataclass(eq=False)
+class TokenFeatures:
+    """What a token backbone returns.
+
+    Args:
+        tokens: Tokens after the final norm, extra tokens first, then the grid in raster order.
+        grid: Rows and columns of the token grid.
+        extra: Number of extra tokens E.
+        blocks: Outputs of the blocks that were asked for, before the final norm, in execution order.
+        maps: Feature maps of a pyramid, finest first; empty for a plain backbone.
+        macs: Multiply-accumulates of the backbone for each image, or None when nothing is adaptive.
+        dense_macs: Multiply-accumulates of the dense twin of the backbone, for one image.
+        routing: What a method wants to remember of this forward pass (not kept by any module).
+
+    Shape:
+        tokens [B, E + H * W, C]; blocks [B, E + H * W, C] each; maps [B, C_i, H_i, W_i]; macs [B] float64.
+    """
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    extra: int
+    blocks: tuple[Tensor, ...] = ()
+    maps: tuple[Tensor, ...] = ()
+    macs: Tensor | None = None
+    dense_macs: float = 0.0
+    routing: Any = None
+
+
+def stack_targets(data_samples: list[Any], device: torch.device) -> Tensor:
+    """Stack the training targets of a batch: mixed scores when there are any, else labels.
+
+    Args:
+        data_samples: Samples with `gt_score` (set by batch mixing) or `gt_label`.
+        device: Device of the result.
+
+    Shape:
+        Returns [B, K] scores or [B] int64 labels.
+
+    Raises:
+        DataError: A sample has neither.
+    """
+    for field in ("gt_score", "gt_label"):
+        if all(field in sample for sample in data_samples):
+            targets = torch.stack([sample.get(field) for sample in data_samples])
+            targets = targets if field == "gt_score" else targets.reshape(len(data_samples))
+            return targets.to(device, non_blocking=True)
+    missing = next(sample for sample in data_samples if "gt_label" not in sample)
+    name = missing.get("img_path", "without a path")
+    raise DataError(f"the image {name} has no label (gt_label); use a labelled data set for this model")
+
+
+@MODELS.register_module()
+class PatchClassifier(BaseModel):
+    """Image classifier of a token backbone and a head, with the modes of an MMEngine model.
+
+    Args:
+        backbone: Config of the backbone; it returns `TokenFeatures`.
+        head: Config of the head.
+        data_preprocessor: Config of the preprocessor, or None.
+        init_cfg: Weights to load, as in MMEngine.
+    """
+
+    def __init__(
+        self,
+        backbone: dict,
+        head: dict,
+        data_preprocessor: dict | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
+        self.backbone = MODELS.build(backbone)
+        self.head = MODELS.build(head)
+
+    def forward(self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor") -> Any:
+        """Run the model in one of MMEngine's modes.
+
+        Args:
+            inputs: Preprocessed images.
+            data_samples: One sample per image; needed by `loss` and filled by `predict`.
+            mode: `tensor` returns the logits, `loss` a dict of losses, `predict` the samples.
+
+        Shape:
+            inputs [B, 3, H, W]; logits [B, K].
+
+        Raises:
+            ValueError: The mode is unknown.
+        """
+        if mode == "tensor":
+            return self.head(self.extract(inputs))
+        if mode == "loss":
+            return self.loss(inputs, data_samples or [])
+        if mode == "predict":
+            return self.predict(inputs, data_samples)
+        raise ValueError(f"mode={mode!r} is unknown; expected 'tensor', 'loss' or 'predict'")
+
+    def extract(self, inputs: Tensor) -> TokenFeatures:
+        """Run the backbone.
+
+        Args:
+            inputs: Preprocessed images.
+
+        Shape:
+            inputs [B, 3, H, W].
+        """
+        return self.backbone(inputs)
+
+    def loss(self, inputs: Tensor, data_samples: list[Any]) -> dict[str, Tensor]:
+        """Return the losses of a training batch.
+
+        Args:
+            inputs: Preprocessed images.
+            data_samples: Samples with targets.
+
+        Shape:
+            inputs [B, 3, H, W].
+        """
+        return self.head.loss(self.extract(inputs), stack_targets(data_samples, inputs.device))
+
+    def predict(self, inputs: Tensor, data_samples: list[Any] | None = None) -> list[Any]:
+        """Fill in predictions and cost of a batch.
+
+        Args:
+            inputs: Preprocessed images.
+            data_samples: Samples to fill; their class needs `set_pred_score`, `set_pred_label`, `set_field`.
+
+        Shape:
+            inputs [B, 3, H, W].
+
+        Raises:
+            DataError: There are no samples to fill.
+        """
+        if data_samples is None:
+            raise DataError("predict needs one data sample per image to fill; use mode='tensor' for logits")
+        features = self.extract(inputs)
+        scores = self.head(features).float().softmax(dim=1).cpu()
+        labels = scores.argmax(dim=1, keepdim=True)
+        macs, dense_macs = self.cost(features)
+        per_image = macs.tolist()
+        for index, sample in enumerate(data_samples):
+            sample.set_pred_score(scores[index])
+            sample.set_pred_label(labels[index])
+            sample.set_field(per_image[index], "macs", dtype=None, field_type="data")
+            sample.set_field(dense_macs, "dense_macs", dtype=None, field_type="data")
+        self.fill(data_samples, features)
+        return data_samples
+
+    def fill(self, data_samples: list[Any], features: TokenFeatures) -> None:
+        """Write what a method wants to tell about each image into the samples; nothing here.
+
+        Args:
+            data_samples: Samples of `predict`.
+            features: What `extract` returned.
+        """
+
+    def cost(self, features: TokenFeatures) -> tuple[Tensor, float]:
+        """Return the multiply-accumulates of the whole model: executed per image, and of the dense twin.
+
+        Args:
+            features: What `extract` returned.
+
+        Shape:
+            Returns [B] float64 and a number.
+        """
+        head = self.head.macs()
+        dense = features.dense_macs + head
+        if features.macs is None:
+            return features.tokens.new_full((len(features.tokens),), dense, dtype=torch.float64), dense
+        return features.macs + head, dense
+
+    @torch.no_grad()
+    def select(self, inputs: Tensor) -> PatchSelection:
+        """Say which patches are looked at; a plain classifier looks at all of them, fully.
+
+        Args:
+            inputs: Preprocessed images.
+
+        Shape:
+            inputs [B, 3, H, W].
+        """
+        features = self.extract(inputs)
+        macs, dense_macs = self.cost(features)
+        rows, columns = features.grid
+        ones = features.tokens.new_ones(len(features.tokens), rows * columns, dtype=torch.float32)
+        return PatchSelection.from_grid(
+            image_size=(inputs.shape[2], inputs.shape[3]),
+            grid=features.grid,
+            score=ones,
+            keep=ones.bool(),
+            resolution=ones,
+            macs=macs,
+            dense_macs=dense_macs,
+        )

@@ -1,0 +1,5 @@
+"""Heads that several methods share."""
+
+from .linear import LinearHead
+
+__all__ = ["LinearHead"]
