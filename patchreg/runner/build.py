@@ -248,6 +248,21 @@ def latest_checkpoint(work_dir: str | os.PathLike[str]) -> str | None:
     return str(found[-1]) if found else None
 
 
+def resolve_checkpoint(path: str | os.PathLike[str]) -> str:
+    """Return the file that a checkpoint path means.
+
+    Args:
+        path: A file; or a folder, or `last.pth` in it, for the newest checkpoint of the folder.
+    """
+    path = os.fspath(path)
+    if os.path.isfile(path):
+        return path
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    if os.path.isdir(path) or os.path.basename(path) == "last.pth":
+        return latest_checkpoint(folder) or path
+    return path
+
+
 def default_work_dir(config_path: str | os.PathLike[str]) -> str:
     """Return `work_dirs/<method>/<leaf>` for `configs/<method>/<leaf>.py`.
 
@@ -266,13 +281,18 @@ def load_config(
     path: str | os.PathLike[str],
     options: Mapping[str, Any] | None = None,
     work_dir: str | None = None,
+    moved: Mapping[str, str] | None = None,
 ) -> Config:
     """Read a config file, apply overrides and check every key of it.
+
+    A checkpoint called `last.pth`, or a folder given for one, means the newest checkpoint of that folder.
 
     Args:
         path: Config file.
         options: Overrides by dotted key, as `--cfg-options` gives them.
         work_dir: Where the run writes; by default `work_dirs/<method>/<leaf>`.
+        moved: Work dirs of earlier stages and where those stages write instead; checkpoints below them need not
+            exist yet.
 
     Raises:
         MissingFileError: The file does not exist.
@@ -282,7 +302,7 @@ def load_config(
     if not os.path.isfile(path):
         raise MissingFileError(_missing_config(path))
     try:
-        config = Config.fromfile(path)
+        config = Config.fromfile(path, import_custom_modules=False)
     except (UserError, KeyboardInterrupt):
         raise
     except FileNotFoundError as error:
@@ -305,8 +325,23 @@ def load_config(
         config.work_dir = work_dir
     elif config.get("work_dir") is None:
         config.work_dir = default_work_dir(path)
-    check_config(config)
+    moved = moved or {}
+    _resolve_checkpoints(config._cfg_dict, moved)
+    check_config(config, to_come=tuple(moved.values()))
     return config
+
+
+def _resolve_checkpoints(node: Any, moved: Mapping[str, str]) -> None:
+    """Point the checkpoints in a config to the files they mean, in place."""
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in list(items):
+        if isinstance(value, (dict, list)):
+            _resolve_checkpoints(value, moved)
+        elif isinstance(value, str) and key in ("checkpoint", "load_from"):
+            for usual, actual in moved.items():
+                if Path(value).is_relative_to(usual):
+                    value = os.path.join(actual, os.path.relpath(value, usual))
+            node[key] = resolve_checkpoint(value)
 
 
 def _missing_config(path: str) -> str:

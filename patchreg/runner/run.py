@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from mmengine.config import Config
 
-from patchreg.runner.build import build_runner, config_errors, load_config
+from patchreg.runner.build import build_runner, config_errors, load_config, resolve_checkpoint
 from patchreg.runner.explain import describe
 from patchreg.utils.errors import ConfigError, MissingFileError, UserError
 from patchreg.utils.weights import maker_of
@@ -29,6 +29,7 @@ def train(
     launcher: str = "none",
     seed: int | None = None,
     dry_run: bool = False,
+    moved: Mapping[str, str] | None = None,
 ) -> None:
     """Train the model of a config, or run its stages.
 
@@ -42,11 +43,12 @@ def train(
         launcher: What started the processes: none, pytorch, slurm or mpi.
         seed: Seed of the run.
         dry_run: Whether to print the flow of the config and stop.
+        moved: Where earlier stages wrote instead of their usual work dirs.
 
     Raises:
         UserError: Something given is wrong; nothing is left behind.
     """
-    config = load_config(path, options, work_dir)
+    config = load_config(path, options, work_dir, moved)
     if "stages" in config:
         from patchreg.runner.stages import run_stages
 
@@ -66,18 +68,17 @@ def train(
     if resume is not None:
         config.resume = True
         if resume != "auto":
-            _need_file(resume)
-            config.load_from = resume
+            config.load_from = _existing(resume)
     if dry_run:
         print(describe(config))
         return
     if config.get("train_cfg") is None:
         raise ConfigError(f"'{path}' has no train_cfg: there is nothing to train; evaluate it with tools/test.py")
-    with leave_nothing_behind(config.work_dir), process_group():
-        runner = build_runner(config)
-        with config_errors("the training cannot be set up"):
-            runner.prepare("train")
     with process_group():
+        with leave_nothing_behind(config.work_dir):
+            runner = build_runner(config)
+            with config_errors("the training cannot be set up"):
+                runner.prepare("train")
         runner.train()
 
 
@@ -90,6 +91,7 @@ def test(
     launcher: str = "none",
     seed: int | None = None,
     dry_run: bool = False,
+    moved: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Evaluate a checkpoint on the test set of a config.
 
@@ -101,6 +103,7 @@ def test(
         launcher: What started the processes: none, pytorch, slurm or mpi.
         seed: Seed of the run.
         dry_run: Whether to print the flow of the config and stop.
+        moved: Where earlier stages wrote instead of their usual work dirs.
 
     Returns:
         The metrics; empty after a dry run.
@@ -108,25 +111,24 @@ def test(
     Raises:
         UserError: Something given is wrong.
     """
-    config = load_config(path, options, work_dir)
+    config = load_config(path, options, work_dir, moved)
     _apply(config, launcher, seed)
     for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
         config.pop(key, None)
     if checkpoint is not None:
-        _need_file(checkpoint)
-        config.load_from = checkpoint
+        config.load_from = _existing(checkpoint)
     if dry_run:
         print(describe(config))
         return {}
     if config.get("test_cfg") is None:
         raise ConfigError(f"'{path}' has no test_cfg, test_dataloader and test_evaluator: nothing to evaluate")
-    with leave_nothing_behind(config.work_dir), process_group():
-        runner = build_runner(config)
+    with process_group():
+        with leave_nothing_behind(config.work_dir):
+            runner = build_runner(config)
+            with config_errors("the evaluation cannot be set up"):
+                runner.prepare("test")
         if config.get("load_from") is None and "Pretrained" not in str(config.model):
             runner.logger.warning("no checkpoint given: the model is evaluated as it was initialised")
-        with config_errors("the evaluation cannot be set up"):
-            runner.prepare("test")
-    with process_group():
         return runner.test()
 
 
@@ -144,11 +146,13 @@ def _use_amp(config: Config) -> None:
     wrapper.type = "AmpOptimWrapper"
 
 
-def _need_file(path: str) -> None:
-    if not os.path.isfile(path):
+def _existing(path: str) -> str:
+    found = resolve_checkpoint(path)
+    if not os.path.isfile(found):
         maker = maker_of(path)
         remedy = f"make it with: python tools/train.py {maker}" if maker else "check the path"
         raise MissingFileError(f"checkpoint '{path}' does not exist; {remedy}")
+    return found
 
 
 @contextmanager
@@ -180,10 +184,13 @@ def leave_nothing_behind(work_dir: str) -> Iterator[None]:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Leave the process group when a run fails, so that the other processes notice at once."""
+    """Leave the process group at the end, also when a run fails, so that the others notice at once.
+
+    A group that existed before is left alone.
+    """
+    existed = dist.is_initialized()
     try:
         yield
-    except BaseException:
-        if dist.is_initialized():
+    finally:
+        if dist.is_initialized() and not existed:
             dist.destroy_process_group()
-        raise

@@ -115,11 +115,12 @@ TOP_LEVEL = (
 DEFAULT_HOOKS = {"runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint"}
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config, to_come: Sequence[str] = ()) -> None:
     """Check every key, class, argument, type and needed file of a config.
 
     Args:
         config: A loaded config.
+        to_come: Folders whose checkpoints an earlier stage will write.
 
     Raises:
         ConfigError: Names the path in the config, what is wrong and the nearest right name.
@@ -154,9 +155,25 @@ def check_config(config: Config) -> None:
         elif key in ("train_dataloader", "val_dataloader", "test_dataloader"):
             _check_loader(key, value)
         elif key in ROOTS:
-            _check_node(key, value, ROOTS[key])
+            _check_node(key, _with_type(key, value), ROOTS[key])
     _check_groups(config)
-    _check_files(config)
+    _check_files(config, to_come)
+
+
+def _with_type(key: str, value: Any) -> Any:
+    """Add the class that MMEngine takes for a dict that names none."""
+    usual = {
+        "val_cfg": "ValLoop",
+        "test_cfg": "TestLoop",
+        "optim_wrapper": "OptimWrapper",
+        "log_processor": "LogProcessor",
+        "visualizer": "Visualizer",
+    }
+    if key == "train_cfg" and isinstance(value, Mapping):
+        usual[key] = "EpochLoop" if value.get("by_epoch", True) else "IterLoop"
+    if isinstance(value, Mapping) and "type" not in value and key in usual:
+        return {"type": usual[key], **value}
+    return value
 
 
 def _check_groups(config: Config) -> None:
@@ -182,13 +199,15 @@ def _check_groups(config: Config) -> None:
             )
 
 
-def _check_files(config: Config) -> None:
+def _check_files(config: Config, to_come: Sequence[str]) -> None:
     wanted = [("load_from", config.get("load_from"))]
-    for path, node in _walk("", config):
+    for path, node in _walk("", config._cfg_dict):
         if isinstance(node, Mapping) and node.get("type") == "Pretrained":
             wanted.append((f"{path}.checkpoint", node.get("checkpoint")))
     for path, name in wanted:
-        if isinstance(name, str) and "://" not in name and not Path(name).is_file():
+        if not isinstance(name, str) or any(Path(name).is_relative_to(item) for item in to_come):
+            continue
+        if not Path(name).is_file():
             maker = maker_of(name)
             remedy = f"make it with: python tools/train.py {maker}" if maker else "check the path"
             raise MissingFileError(f"{path}: '{name}' does not exist; {remedy}")
@@ -423,7 +442,7 @@ def check_options(config: Config, options: Mapping[str, Any]) -> None:
             raise ConfigError(f"--cfg-options {key}: unknown key.{did_you_mean(helper, known)}")
         places = [
             path
-            for path, node in _walk("", config)
+            for path, node in _walk("", config._cfg_dict)
             if path and isinstance(node, (Mapping, list, tuple)) and node == config[helper]
         ]
         rest = key[len(helper) :]
