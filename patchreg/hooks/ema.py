@@ -1,12 +1,13 @@
-"""Averaged model for MMEngine's `EMAHook`."""
+"""Moving average of a model, kept and evaluated beside it."""
 
 from __future__ import annotations
 
 import torch
+from mmengine.hooks import EMAHook
 from mmengine.model import BaseAveragedModel
 from torch import Tensor, nn
 
-from patchreg.registry import MODELS
+from patchreg.registry import HOOKS, MODELS
 from patchreg.utils.errors import ConfigError
 
 
@@ -76,3 +77,39 @@ class ModelEMA(BaseAveragedModel):
                 value.copy_(newest[key])
         if averaged:
             torch._foreach_lerp_(averaged, source, self.momentum)
+
+
+@HOOKS.register_module()
+class ModelEMAHook(EMAHook):
+    """Keep a `ModelEMA` beside the model: it is evaluated, saved and resumed.
+
+    Checkpoints hold the average as `state_dict` (ready for use) and the trained weights as `ema_state_dict`, as
+    MMEngine's hook writes them.
+
+    Args:
+        momentum: Weight of the newest state, in (0, 1); 4e-5 is a decay of 0.99996.
+        interval: Steps between two updates.
+        begin_iter: Iteration at which averaging starts; before it the average is a copy.
+        begin_epoch: The same as an epoch; only one of the two.
+        strict_load: Refuse a checkpoint whose keys differ.
+
+    Differs from official:
+        There the average is saved but never evaluated, and resuming loses it.
+    """
+
+    def __init__(
+        self,
+        momentum: float = 4e-5,
+        interval: int = 1,
+        begin_iter: int = 0,
+        begin_epoch: int = 0,
+        strict_load: bool = False,
+    ) -> None:
+        super().__init__(
+            ema_type="ModelEMA",
+            strict_load=strict_load,
+            begin_iter=begin_iter,
+            begin_epoch=begin_epoch,
+            momentum=momentum,
+            interval=interval,
+        )

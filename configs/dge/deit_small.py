@@ -1,0 +1,22 @@
+"""DeiT-S with DGE on ImageNet-1k at 256 px, budget 0.5.
+
+    tools/dist_train.sh configs/dge/deit_small.py 8
+
+Hardware and hours: 8 GPUs x 128 images, 300 epochs; not run here yet.
+Expected: 80.1 top-1, 95.0 top-5 at 3.5 GMACs on average (authors' repository, DeiT-S + DGE).
+"""
+
+_base_ = [
+    "./_base_.py",
+    "../_base_/datasets/imagenet_deit_256.py",
+    "../_base_/schedules/adamw_deit.py",
+]
+
+model = dict(backbone=dict(arch="small"), head=dict(in_channels=384))
+param_scheduler = dict(warmup_epochs=20)
+val_evaluator = [
+    dict(type="mmpretrain.Accuracy", topk=(1, 5)),
+    dict(type="CostMetric"),
+    dict(type="DGEGranularityMetric", splits=[4, 2, 1]),
+]
+test_evaluator = val_evaluator

@@ -1,0 +1,28 @@
+"""Plain DeiT-Ti on ImageNet-1k at 256 px: the dense twin of `deit_tiny.py`.
+
+    tools/dist_train.sh configs/dge/dense_deit_tiny.py 8
+
+Hardware and hours: 8 GPUs x 128 images, 300 epochs; not run here yet.
+Expected: 73.2 top-1, 91.8 top-5 at 1.7 GMACs (authors' repository, DeiT-Ti).
+"""
+
+_base_ = [
+    "./_base_.py",
+    "../_base_/datasets/imagenet_deit_256.py",
+    "../_base_/schedules/adamw_deit.py",
+]
+
+model = dict(
+    _delete_=True,
+    type="PatchClassifier",
+    backbone=dict(
+        type="VisionTransformerBackbone",
+        arch="tiny",
+        img_size=256,
+        patch_size=16,
+        drop_path_rate=0.1,
+    ),
+    head=dict(type="LinearHead", num_classes=1000, in_channels=192),
+)
+val_evaluator = [dict(type="mmpretrain.Accuracy", topk=(1, 5)), dict(type="CostMetric")]
+test_evaluator = val_evaluator
