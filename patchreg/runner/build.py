@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mmengine.dist
 import torch
@@ -21,7 +21,13 @@ from torch.utils.data import DataLoader
 
 from patchreg.datasets.keyed import KeyedDataset
 from patchreg.registry import RUNNERS
-from patchreg.runner.checkpoint import load_state, plain_message_hub, restore_message_hub
+from patchreg.runner.checkpoint import (
+    check_state,
+    load_state,
+    plain,
+    plain_message_hub,
+    restore_message_hub,
+)
 from patchreg.runner.explain import implements
 from patchreg.runner.launch import init_processes
 from patchreg.runner.strict import check_config, check_options, check_shadowed_helpers
@@ -36,6 +42,8 @@ class EngineRunner(Runner):
     Built by `build_runner`; the arguments are those of `mmengine.runner.Runner`.
     """
 
+    _timestamps: ClassVar[set[str]] = set()
+
     def setup_env(self, env_cfg: dict) -> None:
         """Join the process group in a way that works without GPUs, then as MMEngine.
 
@@ -45,6 +53,13 @@ class EngineRunner(Runner):
         self._overriding: dict[str, list[Hook]] = {}
         init_processes(self._launcher, **env_cfg.get("dist_cfg", {}))
         super().setup_env(env_cfg)
+        # MMEngine keeps logger, message hub and visualizer per name, which ends in the second of the start:
+        # a second run in the same second would write into the first one's.
+        base, number = self._timestamp, 1
+        while self._timestamp in self._timestamps:
+            number += 1
+            self._timestamp = f"{base}_{number}"
+        self._timestamps.add(self._timestamp)
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
         """Call a hook point on the hooks that implement it, in order of priority.
@@ -63,6 +78,8 @@ class EngineRunner(Runner):
             # Last of all, so that whatever hooks added to the hub is turned into plain values too.
             checkpoint = kwargs["checkpoint"]
             checkpoint["message_hub"] = plain_message_hub(checkpoint["message_hub"])
+            for key in set(checkpoint) - {"state_dict"}:
+                checkpoint[key] = plain(checkpoint[key])
 
     def register_hook(self, hook: Any, priority: Any = None) -> None:
         """Insert a hook by priority.
@@ -129,8 +146,7 @@ class EngineRunner(Runner):
         checkpoint = load_file(filename, map_location)
         checkpoint["state_dict"] = state_dict_of(checkpoint, filename)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
-        model = self.model.module if is_model_wrapper(self.model) else self.model
-        load_state(model, checkpoint["state_dict"], filename, strict, self.logger)
+        load_state(self._bare_model(), checkpoint["state_dict"], filename, strict, self.logger)
         self._has_loaded = True
         self.logger.info(f"loaded {filename}")
         return checkpoint
@@ -146,8 +162,8 @@ class EngineRunner(Runner):
             else:
                 self.resume(source)
         elif self._load_from is not None:
-            training = isinstance(self._train_loop, torch.nn.Module) or self._train_loop is not None
-            self.load_checkpoint(self._load_from, strict=not training)
+            # Training may start from the weights of a neighbour; evaluation may not.
+            self.load_checkpoint(self._load_from, strict=self._train_loop is None)
 
     def resume(
         self,
@@ -214,12 +230,21 @@ class EngineRunner(Runner):
         Args:
             mode: `train` or `test`.
         """
+        if self._load_from is not None:
+            # Read twice on purpose: hooks that take part in loading exist only once the run has begun.
+            state = state_dict_of(load_file(self._load_from), self._load_from)
+            check_state(
+                self._bare_model(), state, self._load_from, self._resume or self._train_loop is None
+            )
         if mode == "test":
             self._test_loop = self.build_test_loop(self._test_loop)
             return
         self._train_loop = self.build_train_loop(self._train_loop)
         if self._val_loop is not None:
             self._val_loop = self.build_val_loop(self._val_loop)
+
+    def _bare_model(self) -> torch.nn.Module:
+        return self.model.module if is_model_wrapper(self.model) else self.model
 
     def val(self) -> dict:
         """Evaluate on the validation set, with draws from the global generators."""

@@ -31,14 +31,30 @@ def plain_message_hub(state: Mapping[str, Any]) -> dict[str, Any]:
         scalars[key] = {
             "values": torch.from_numpy(np.asarray(values, dtype=np.float64).copy()),
             "counts": torch.from_numpy(np.asarray(counts, dtype=np.int64).copy()),
-            "max_length": int(buffer._max_length),
+            "max_length": int(buffer.max_length),
         }
-    infos = {key: value for key, value in state["runtime_info"].items() if _is_plain(value)}
     return {
         "log_scalars": scalars,
-        "runtime_info": infos,
+        "runtime_info": {key: value for key, value in state["runtime_info"].items() if _is_plain(value)},
         "resumed_keys": {key: bool(value) for key, value in state["resumed_keys"].items()},
     }
+
+
+def plain(value: Any) -> Any:
+    """Replace NumPy scalars and arrays, at any depth, by Python values and tensors.
+
+    Args:
+        value: Part of a checkpoint.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(item) for item in value)
+    return value
 
 
 def restore_message_hub(hub: MessageHub, state: Mapping[str, Any]) -> None:
@@ -73,7 +89,7 @@ def _is_plain(value: Any) -> bool:
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str, Tensor))
+    return value is None or isinstance(value, (bool, int, float, str, Tensor, np.generic))
 
 
 def _list(names: list[str]) -> str:
@@ -81,25 +97,23 @@ def _list(names: list[str]) -> str:
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def load_state(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    source: str,
-    strict: bool,
-    logger: logging.Logger | None = None,
-) -> None:
-    """Load weights into a model; all or nothing.
+def check_state(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, strict: bool
+) -> tuple[list[str], list[str]]:
+    """Check that weights belong to a model.
 
     Args:
         model: The model, not wrapped.
         state: Flat state dict.
         source: Where it came from, for messages.
-        strict: Whether every key must match; otherwise missing and unexpected keys are logged, but a shape that
+        strict: Whether every key must match; otherwise missing and unexpected keys are fine, but a shape that
             differs, or no common key at all, is still an error.
-        logger: Where a partial match is reported.
+
+    Returns:
+        Missing and unexpected keys.
 
     Raises:
-        CheckpointError: The weights belong to another model; nothing was changed.
+        CheckpointError: The weights belong to another model.
     """
     own = model.state_dict()
     missing = [key for key in own if key not in state]
@@ -124,12 +138,35 @@ def load_state(
             + "). Use the config it was trained with (kept beside it in the work dir), or convert it with "
             "tools/convert.py"
         )
+    return missing, unexpected
+
+
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    strict: bool,
+    logger: logging.Logger | None = None,
+) -> None:
+    """Load weights into a model; all or nothing.
+
+    Args:
+        model: The model, not wrapped.
+        state: Flat state dict.
+        source: Where it came from, for messages.
+        strict: As in `check_state`.
+        logger: Where a partial match is reported.
+
+    Raises:
+        CheckpointError: The weights belong to another model; nothing was changed.
+    """
+    missing, unexpected = check_state(model, state, source, strict)
     model.load_state_dict(state, strict=False)
     if logger is not None and (missing or unexpected):
         logger.warning(
             "loaded %d of %d keys from %s; missing: %s; not used: %s",
-            common,
-            len(own),
+            len(model.state_dict()) - len(missing),
+            len(model.state_dict()),
             source,
             _list(missing) or "none",
             _list(unexpected) or "none",
