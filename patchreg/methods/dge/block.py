@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from patchreg_ops import (
     RowPlan,
     compress,
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from patchreg.methods.dge.cost import BlockCost, BlockRouting, query_table
 from patchreg.methods.dge.router import DynamicGrainedEncoder, region_mean
-from patchreg.models.layers import Mlp, check_heads, drop_path
+from patchreg.models.layers import Mlp, attend, check_heads, drop_path
 
 
 class HostCopy:
@@ -109,7 +108,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows
         slot = rows.image * rows.longest + rows.index
         flat = flat.new_zeros(batch * rows.longest, heads * width).index_copy(0, slot, flat)
     full = flat.view(batch, rows.longest, heads, width).transpose(1, 2)
-    out = F.scaled_dot_product_attention(full, key, value)
+    out = attend(full, key, value)
     out = out.transpose(1, 2).reshape(batch * rows.longest, heads * width)
     return out.index_select(0, slot) if padded else out
 
@@ -182,7 +181,7 @@ class DGEAttention(nn.Module):
         query = self.q(tokens)
         query = query.view(*query.shape[:-1], self.num_heads, -1)
         if rows is None:
-            out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value)
+            out = attend(query.transpose(1, 2), key, value)
             out = out.transpose(1, 2).reshape(tokens.shape)
         else:
             out = packed_attention(query, key, value, rows)
