@@ -74,8 +74,9 @@ def extension_arguments():
 
     def extension(with_cuda):
         kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
-        host = ["-O3", "-std=c++17", "-fopenmp"]
-        flags = {"cxx": host, "nvcc": ["-O3", "-std=c++17"]} if with_cuda else host
+        # No -std: the sources are C++17, torch adds the (newer) standard that its headers need.
+        host = ["-O3", "-ffp-contract=off", "-fopenmp"]
+        flags = {"cxx": host, "nvcc": ["-O3"]} if with_cuda else host
         return kind(
             "patchreg_ops._C",
             sources + (kernels if with_cuda else []),
@@ -92,7 +93,8 @@ def extension_arguments():
             reason = ""
             for with_cuda in attempts:
                 parts = "CPU and CUDA" if with_cuda else "CPU"
-                self.extensions[:] = [extension(with_cuda)]
+                # In place: the object carries what finalize_options() noted on it.
+                vars(self.extensions[0]).update(vars(extension(with_cuda)))
                 try:
                     super().run()
                 except (Exception, SystemExit) as error:
@@ -103,7 +105,7 @@ def extension_arguments():
                 report(f"built {parts} kernels{arch} with torch {torch.__version__}")
                 return
             self.extensions[:] = []
-            give_up(reason, "install a C++17 compiler, " + FIX)
+            give_up(reason, "install the compiler torch needs, " + FIX)
 
     return {"ext_modules": [extension(False)], "cmdclass": {"build_ext": BuildOps}}
 

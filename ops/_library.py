@@ -20,19 +20,20 @@ INSTALL_HINT = (
 )
 
 _GRID = "SymInt height, SymInt width, SymInt extra"
+_POOL = f"Tensor x, Tensor rows, Tensor owner, {_GRID}, bool mean"
+_UNPOOL = f"Tensor update, Tensor rows, Tensor owner, Tensor? reference, {_GRID}, bool mean"
 # `mean` divides by the number of real tokens of a row. The dense operators weigh a token by the gate
-# of its region or, without a gate, by that division.
+# of its region; without a gate they divide as well.
 SCHEMAS = {
     "region_lengths": f"(Tensor choice, int[] splits, {_GRID}) -> Tensor",
     "region_plan": (
         f"(Tensor choice, int[] splits, {_GRID}, SymInt total)"
         " -> (Tensor rows, Tensor lengths, Tensor owner)"
     ),
-    "region_pool": f"(Tensor x, Tensor rows, Tensor owner, {_GRID}, bool mean) -> Tensor",
-    "region_unpool": (
-        "(Tensor update, Tensor rows, Tensor owner, Tensor? reference,"
-        f" {_GRID}, bool mean) -> Tensor"
-    ),
+    "region_pool": f"({_POOL}) -> Tensor",
+    "region_pool_out": f"({_POOL}, Tensor(a!) out) -> ()",
+    "region_unpool": f"({_UNPOOL}) -> Tensor",
+    "region_unpool_out": f"({_UNPOOL}, Tensor(a!) out) -> ()",
     "region_pool_dense": f"(Tensor x, Tensor? gate, int[] splits, {_GRID}) -> Tensor",
     "region_unpool_dense": (
         f"(Tensor update, Tensor? gate, Tensor? reference, int[] splits, {_GRID}) -> Tensor"

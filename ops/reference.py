@@ -155,6 +155,33 @@ def region_unpool(
     return spread.to(update.dtype)
 
 
+def region_pool_out(
+    x: Tensor,
+    rows: Tensor,
+    owner: Tensor,
+    height: int,
+    width: int,
+    extra: int,
+    mean: bool,
+    out: Tensor,
+) -> None:
+    out.copy_(region_pool(x, rows, owner, height, width, extra, mean))
+
+
+def region_unpool_out(
+    update: Tensor,
+    rows: Tensor,
+    owner: Tensor,
+    reference: Tensor | None,
+    height: int,
+    width: int,
+    extra: int,
+    mean: bool,
+    out: Tensor,
+) -> None:
+    out.copy_(region_unpool(update, rows, owner, reference, height, width, extra, mean))
+
+
 def _squares(cells: Tensor, step: int, rows: int, columns: int) -> Tensor:
     """Sums [B, H, W, C] over squares of `step` tokens, cut at the border: [B, rows, columns, C]."""
     batch, height, width, channels = cells.shape

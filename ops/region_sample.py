@@ -176,7 +176,9 @@ def dense_row_plan(
     return RowPlan(rows4, lengths, None, (height, width, extra))
 
 
-def compress(x: Tensor, plan: RowPlan, height: int, width: int, extra: int) -> Tensor:
+def compress(
+    x: Tensor, plan: RowPlan, height: int, width: int, extra: int, out: Tensor | None = None
+) -> Tensor:
     """Queries of a plan: the mean of the real tokens each row covers; extra tokens pass through.
 
     Source: DGE, average pooling into the chosen granularity.
@@ -187,6 +189,7 @@ def compress(x: Tensor, plan: RowPlan, height: int, width: int, extra: int) -> T
         height: grid height in tokens.
         width: grid width in tokens.
         extra: tokens in front of the grid.
+        out: contiguous tensor the result is written to and returned as, without gradient.
 
     Shape:
         x [B, N, C] float -> [L, C] of the same dtype; float16 and bfloat16 sum in float32 and round
@@ -203,10 +206,16 @@ def compress(x: Tensor, plan: RowPlan, height: int, width: int, extra: int) -> T
             f"{x.shape[0]} of {(height, width, extra)}. Make the plan for this batch and grid."
         )
     _note(x)
-    return _ops.region_pool(x, plan.rows, owner, height, width, extra, True)
+    if out is None:
+        return _ops.region_pool(x, plan.rows, owner, height, width, extra, True)
+    _check_out(out, (plan.rows.shape[0], x.shape[2]), x)
+    _ops.region_pool_out(x, plan.rows, owner, height, width, extra, True, out)
+    return out
 
 
-def decompress(update: Tensor, plan: RowPlan, reference: Tensor | None = None) -> Tensor:
+def decompress(
+    update: Tensor, plan: RowPlan, reference: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Copies the update of every row to the tokens it covers and adds the reference.
 
     Source: DGE, broadcast of the block's update.
@@ -215,6 +224,8 @@ def decompress(update: Tensor, plan: RowPlan, reference: Tensor | None = None) -
         update: one update per row of the plan.
         plan: rows from `row_plan`.
         reference: tokens the update is added to, or None.
+        out: contiguous tensor the result is written to and returned as, without gradient; it may be
+            `reference` itself, not `update`.
 
     Shape:
         update [L, C], reference [B, N, C] -> [B, N, C].
@@ -235,7 +246,11 @@ def decompress(update: Tensor, plan: RowPlan, reference: Tensor | None = None) -
         )
     _check_reference(reference, update, (*owner.shape, update.shape[1]))
     _note(update)
-    return _ops.region_unpool(update, plan.rows, owner, reference, *plan.grid, False)
+    if out is None:
+        return _ops.region_unpool(update, plan.rows, owner, reference, *plan.grid, False)
+    _check_out(out, (*owner.shape, update.shape[1]), update, reference)
+    _ops.region_unpool_out(update, plan.rows, owner, reference, *plan.grid, False, out)
+    return out
 
 
 def compress_dense(x: Tensor, splits: Sequence[int], height: int, width: int, extra: int) -> Tensor:
@@ -432,6 +447,21 @@ def _check_reference(reference: Tensor | None, update: Tensor, shape: tuple[int,
     _check_same("reference", reference, "update", update)
 
 
+def _check_out(out: Tensor, shape: tuple[int, ...], *inputs: Tensor | None) -> None:
+    given = [tensor for tensor in inputs if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, *given)):
+        raise ValueError(
+            "out= is for inference, but a tensor requires a gradient. "
+            "Leave out= away or call inside torch.no_grad()."
+        )
+    if tuple(out.shape) != shape or not out.is_contiguous():
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and strides {out.stride()}; expected a contiguous "
+            f"tensor {shape}. Allocate it with torch.empty."
+        )
+    _check_same("out", out, "the input", given[0])
+
+
 def _grids(splits: Sequence[int], height: int, width: int) -> list[tuple[int, int, int]]:
     return reference.dense_grids(splits, height, width)
 
@@ -507,6 +537,12 @@ def _(
     x: Tensor, update: Tensor, splits: Sequence[int], height: int, width: int, extra: int
 ) -> Tensor:
     return x.new_empty(x.shape[0], *region_grid(height, width, max(splits)), len(splits))
+
+
+@_fake("region_pool_out")
+@_fake("region_unpool_out")
+def _(*arguments: Any) -> None:
+    return None
 
 
 # Pool and unpool are each other's adjoint, so each one's backward is the other and any order of

@@ -24,20 +24,13 @@ if importlib.util.find_spec("patchreg_ops") is None:  # A checkout that is not i
 
 from patchreg_ops import _library, reference  # noqa: E402
 
-_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no CUDA device: run on a GPU machine"
-    ),
-]
-
 
 @pytest.fixture(
     params=[
         "reference-cpu",
         "compiled-cpu",
-        pytest.param("reference-cuda", marks=_GPU),
-        pytest.param("compiled-cuda", marks=_GPU),
+        pytest.param("reference-cuda", marks=pytest.mark.gpu),
+        pytest.param("compiled-cuda", marks=pytest.mark.gpu),
     ]
 )
 def device(request):

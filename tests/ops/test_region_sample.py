@@ -239,6 +239,43 @@ def test_non_contiguous(device):
     assert torch.equal(gu, counts[:, None].expand(-1, 3).double())
 
 
+def test_out(device):
+    """Results land in the given memory; the reference itself may be that memory."""
+    splits, grid = (4, 2, 1), (7, 9, 1)
+    generator = seeded()
+    for dtype in (torch.float32, torch.bfloat16):
+        choice = make_choice(generator, 2, 7, 9, splits, device)
+        plan = ops.row_plan(choice, splits, *grid)
+        x = randn(generator, 2, 64, 8, dtype=dtype, device=device)
+        comp = torch.full((len(plan.rows), 8), torch.nan, dtype=dtype, device=device)
+        assert ops.compress(x, plan, *grid, out=comp) is comp
+        assert torch.equal(comp, ops.compress(x, plan, *grid))
+        expected = ops.decompress(comp, plan, x)
+        out = torch.full_like(x, torch.nan)
+        assert ops.decompress(comp, plan, x, out=out) is out
+        assert torch.equal(out, expected)
+        assert torch.equal(ops.decompress(comp, plan, x, out=x), expected)
+        assert torch.equal(ops.decompress(comp, plan, out=out), ops.decompress(comp, plan))
+
+
+def test_bad_out():
+    _, plan, x = good()
+    out = torch.empty(130, 3)
+    with pytest.raises(ValueError, match="out= is for inference"):
+        ops.compress(x.requires_grad_(), plan, 8, 8, 1, out=out)
+    with torch.no_grad():
+        ops.compress(x, plan, 8, 8, 1, out=out)
+    x = x.detach()
+    with pytest.raises(
+        ValueError, match=r"out has shape \(129, 3\) .* expected a contiguous .*130, 3"
+    ):
+        ops.compress(x, plan, 8, 8, 1, out=out[1:])
+    with pytest.raises(ValueError, match=r"strides \(1, 130\); expected a contiguous"):
+        ops.compress(x, plan, 8, 8, 1, out=torch.empty(3, 130).T)
+    with pytest.raises(TypeError, match="out is torch.float64, the input is torch.float32"):
+        ops.decompress(out, plan, out=torch.empty(2, 65, 3).double())
+
+
 def test_empty_batch(device):
     choice = torch.zeros(0, 2, 2, dtype=torch.int64, device=device)
     plan = ops.row_plan(choice, (4, 2, 1), 8, 8, 1)
@@ -296,6 +333,10 @@ def operator_samples(device):
         yield op.region_pool, (x, *packed, *grid, mean)
         yield op.region_unpool, (update, *packed, x, *grid, mean)
         yield op.region_unpool, (update, *packed, None, *grid, mean)
+    with torch.no_grad():
+        out = torch.empty_like(update), torch.empty_like(x)
+        yield op.region_pool_out, (x.detach(), *packed, *grid, True, out[0])
+        yield op.region_unpool_out, (update.detach(), *packed, x.detach(), *grid, False, out[1])
     for weight in (gate, None):
         yield op.region_pool_dense, (x, weight, splits, *grid)
         yield op.region_unpool_dense, (dense, weight, x, splits, *grid)
