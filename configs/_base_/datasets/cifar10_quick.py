@@ -1,6 +1,7 @@
 """CIFAR-10 at 32 px, or the embedded cut of Fashion-MNIST where CIFAR-10 was not prepared.
 
-Loaded in the main process: reading is cheap beside the model on a CPU, and there is no core to spare.
+Loaded in the main process: reading is cheap beside the model on a CPU, and there is no core to
+spare.
 """
 
 _data_root = "data/cifar10"
@@ -35,7 +36,8 @@ val_dataloader = dict(
         test_mode=True,
     ),
 )
-val_evaluator = dict(type="mmpretrain.Accuracy", topk=(1, 5))
+# Without thrs=None a score must exceed 0 to count, which logits need not.
+val_evaluator = dict(type="mmpretrain.Accuracy", topk=(1, 5), thrs=None)
 test_dataloader = val_dataloader
 test_evaluator = val_evaluator
 

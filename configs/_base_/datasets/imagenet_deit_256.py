@@ -1,10 +1,11 @@
 """ImageNet-1k at 256 px with the DeiT recipe, as used by DGE.
 
 Training: random resized crop, flip, RandAugment m9 mstd0.5 inc1, random erasing 0.25, mixup 0.8 or
-CutMix 1.0, label smoothing 0.1, repeated augmentation x3. Evaluation: short side 292, centre crop 256.
+CutMix 1.0, label smoothing 0.1, repeated augmentation x3. Evaluation: short side 292, centre crop
+256.
 
-Random erasing works on 8-bit images here: its normal noise is cut off at black and white (3 % of the
-values), and boxes too large for the image are clipped instead of redrawn.
+Random erasing works on 8-bit images here: its normal noise is cut off at black and white (3 % of
+the values), and boxes too large for the image are clipped instead of redrawn.
 """
 
 _mean = (123.675, 116.28, 103.53)
@@ -76,7 +77,8 @@ val_dataloader = dict(
         test_mode=True,
     ),
 )
-val_evaluator = dict(type="mmpretrain.Accuracy", topk=(1, 5))
+# Without thrs=None a score must exceed 0 to count, which logits need not.
+val_evaluator = dict(type="mmpretrain.Accuracy", topk=(1, 5), thrs=None)
 test_dataloader = val_dataloader
 test_evaluator = val_evaluator
 
