@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from patchreg.registry import TRANSFORMS
 
 
@@ -40,10 +38,15 @@ class RGBRandAugment:
         num_ops: int = 2,
         fill: tuple[int, int, int] = (124, 116, 104),
     ) -> None:
-        from mmpretrain.datasets.transforms import RandAugment
+        from mmpretrain.datasets.transforms.auto_augment import RANDAUG_POLICIES, RandAugment
 
+        # mmpretrain looks bare names up in the scope of the run, which is not its own.
+        policies = [
+            {**policy, "type": f"mmpretrain.{policy['type']}"}
+            for policy in RANDAUG_POLICIES["timm_increasing"]
+        ]
         self.augment = RandAugment(
-            policies="timm_increasing",
+            policies=policies,
             num_policies=num_ops,
             magnitude_level=magnitude,
             magnitude_std=magnitude_std,
@@ -57,9 +60,11 @@ class RGBRandAugment:
         Args:
             results: Sample with `img`.
         """
-        results["img"] = np.ascontiguousarray(results["img"][..., ::-1])
+        import cv2
+
+        results["img"] = cv2.cvtColor(results["img"], cv2.COLOR_RGB2BGR)
         results = self.augment(results)
-        results["img"] = np.ascontiguousarray(results["img"][..., ::-1])
+        results["img"] = cv2.cvtColor(results["img"], cv2.COLOR_BGR2RGB)
         return results
 
     def __repr__(self) -> str:

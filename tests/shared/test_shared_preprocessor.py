@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden_reader import load
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmpretrain.structures import DataSample
 
 from patchreg.registry import DATASETS, METRICS, MODELS, TRANSFORMS
@@ -135,6 +136,7 @@ def test_accuracy_and_loss_are_weighted_by_samples():
 @pytest.mark.parametrize("name", ["cifar10_quick", "imagenet_deit_256"])
 def test_data_configs_build_and_give_uint8_rgb(name, project_root, tmp_path):
     config = Config.fromfile(project_root / "configs" / "_base_" / "datasets" / f"{name}.py")
+    init_default_scope("patchreg")  # as in a run
     MODELS.build(config.data_preprocessor)
     METRICS.build(config.val_evaluator)
     size = 32 if name == "cifar10_quick" else 256
