@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.registry import DATASETS as ROOT_DATASETS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
+from patchreg import __version__
 from patchreg.datasets.keyed import KeyedDataset
 from patchreg.registry import RUNNERS
 from patchreg.runner.checkpoint import (
@@ -90,6 +92,39 @@ class EngineRunner(Runner):
         """
         super().register_hook(hook, priority)
         self._overriding.clear()
+
+    def get_hooks_info(self) -> str:
+        """Return the hooks in call order, one line."""
+        return " > ".join(f"{type(hook).__name__} ({hook.priority})" for hook in self._hooks)
+
+    def _log_env(self, env_cfg: dict) -> None:
+        facts = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": get_device(),
+            "threads": torch.get_num_threads(),
+            "processes": self.world_size,
+            "seed": self.seed,
+            "patchreg": __version__,
+        }
+        if torch.cuda.is_available():
+            facts["gpu"] = torch.cuda.get_device_name()
+        self.logger.info(", ".join(f"{key} {value}" for key, value in facts.items()))
+        self.logger.debug(f"config:\n{self.cfg.pretty_text}")
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module) -> torch.nn.Module:
+        """Wrap the model for data parallel training; also on CPUs, which MMEngine does not foresee.
+
+        Args:
+            model_wrapper_cfg: As for MMEngine.
+            model: The model.
+        """
+        if not self.distributed or model_wrapper_cfg or get_device() != "cpu":
+            return super().wrap_model(model_wrapper_cfg, model)
+        unused = self.cfg.get("find_unused_parameters", False)
+        return MMDistributedDataParallel(
+            module=model, broadcast_buffers=False, find_unused_parameters=unused
+        )
 
     @staticmethod
     def build_dataloader(
@@ -393,7 +428,7 @@ def config_errors(what: str) -> Any:
         raise
     except FileNotFoundError as error:
         raise MissingFileError(f"{what}: {error}") from error
-    except (ValueError, TypeError, KeyError, AssertionError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, AssertionError, ImportError, RuntimeError) as error:
         if os.environ.get("PATCHREG_TRACEBACK") == "1":
             raise
         raise ConfigError(
@@ -413,6 +448,8 @@ def build_runner(config: Config) -> EngineRunner:
     config = copy.deepcopy(config)
     if config.get("randomness", {}).get("seed") is None:
         config.setdefault("randomness", {})["seed"] = 0
+    # MMEngine's own default asks for nccl.
+    config.setdefault("env_cfg", {})
     folder = Path(config.work_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope, Registry
 from mmengine.runner.priority import get_priority
 
 from patchreg import registry
-from patchreg.runner.strict import NESTED
+from patchreg.runner.strict import NESTED, with_type
 
 _POINTS = (
     "before_run",
@@ -71,7 +71,7 @@ def describe(config: Config) -> str:
         rows: list[str] = []
         for key in keys:
             if config.get(key) is not None:
-                rows += _rows(key, config[key], kind, 1)
+                rows += _rows(key, with_type(key, config[key]), kind, 1)
         if not rows:
             continue
         if title.startswith("TEST") and config.get(keys[0]) == config.get(keys[0].replace("test", "val")):

@@ -163,8 +163,8 @@ def leave_nothing_behind(work_dir: str) -> Iterator[None]:
         work_dir: Folder of the run.
     """
     folder = Path(work_dir)
-    existed = folder.is_dir()
-    before = set(folder.iterdir()) if existed else set()
+    made = [item for item in (folder, *folder.parents) if not item.exists()]
+    before = set(folder.iterdir()) if not made else set()
     kept = {item: item.read_bytes() for item in before if item.suffix == ".py"}
     try:
         yield
@@ -177,8 +177,8 @@ def leave_nothing_behind(work_dir: str) -> Iterator[None]:
                     item.unlink(missing_ok=True)
             for item, content in kept.items():
                 item.write_bytes(content)
-            if not existed:
-                folder.rmdir()
+            for item in made:
+                item.rmdir()
         raise
 
 

@@ -110,7 +110,7 @@ TOP_LEVEL = (
     (set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"})
     | set(ROOTS)
     | set(PLAIN)
-    | {"stages", "activation_checkpointing", "efficient_conv_bn_eval", "compile"}
+    | {"stages", "find_unused_parameters", "activation_checkpointing", "efficient_conv_bn_eval", "compile"}
 )
 DEFAULT_HOOKS = {"runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint"}
 
@@ -155,13 +155,18 @@ def check_config(config: Config, to_come: Sequence[str] = ()) -> None:
         elif key in ("train_dataloader", "val_dataloader", "test_dataloader"):
             _check_loader(key, value)
         elif key in ROOTS:
-            _check_node(key, _with_type(key, value), ROOTS[key])
+            _check_node(key, with_type(key, value), ROOTS[key])
     _check_groups(config)
     _check_files(config, to_come)
 
 
-def _with_type(key: str, value: Any) -> Any:
-    """Add the class that MMEngine takes for a dict that names none."""
+def with_type(key: str, value: Any) -> Any:
+    """Add the class that the engine takes for a dict that names none.
+
+    Args:
+        key: Top-level key.
+        value: Its value.
+    """
     usual = {
         "val_cfg": "ValLoop",
         "test_cfg": "TestLoop",
