@@ -17,8 +17,8 @@ class RGBRandAugment:
         mmpretrain's colour operation weighs the channels as BGR; on RGB arrays it is off by 7 to 11
         grey levels from timm's, in BGR by less than one. Geometric operations interpolate with
         OpenCV instead of Pillow (off by 1 to 2 grey levels on average, at edges); the other
-        operations agree. timm's own version is twice as slow and fails on Pillow >= 12 when it
-        draws zero bits for posterize.
+        operations agree. timm's own version is twice as slow and fails on Pillow 13 when it draws
+        zero bits for posterize.
 
     Args:
         magnitude: Magnitude of all operations, in [0, 10].
