@@ -12,9 +12,7 @@ model = dict(
         drop_path_rate=0.1,
         drop_path_mode="query",
     ),
-    head=dict(
-        type="LinearHead", num_classes=1000, loss=dict(type="CrossEntropyLoss")
-    ),
+    head=dict(type="LinearHead", num_classes=1000, loss=dict(type="CrossEntropyLoss")),
     budget_loss=dict(
         type="DGEBudgetLoss", budget=0.5, loss_weight=1.0, scope="process", accounting="upstream"
     ),

@@ -15,8 +15,8 @@ from patchreg.utils.errors import ConfigError
 class ModelEMA(BaseAveragedModel):
     """Exponential moving average of the whole state of a model, from its first step on.
 
-    averaged = (1 - momentum) averaged + momentum source, for every floating parameter and buffer; integer
-    state is copied.
+    averaged = (1 - momentum) averaged + momentum source, for every floating parameter and buffer;
+    integer state is copied.
 
     Source:
         timm's `ModelEma`, as DeiT uses it (decay = 1 - momentum).
@@ -31,8 +31,8 @@ class ModelEMA(BaseAveragedModel):
         ConfigError: The momentum is outside (0, 1).
 
     Differs from official:
-        Integer state is copied, not averaged and cut off. MMEngine's own average forgets its start: it copies the
-        model at the first step.
+        Integer state is copied, not averaged and cut off. MMEngine's own average forgets its start:
+        it copies the model at the first step.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class ModelEMA(BaseAveragedModel):
 class ModelEMAHook(EMAHook):
     """Keep a `ModelEMA` beside the model: it is evaluated, saved and resumed.
 
-    Checkpoints hold the average as `state_dict` (ready for use) and the trained weights as `ema_state_dict`, as
-    MMEngine's hook writes them.
+    Checkpoints hold the average as `state_dict` (ready for use) and the trained weights as
+    `ema_state_dict`, as MMEngine's hook writes them.
 
     Args:
         momentum: Weight of the newest state, in (0, 1); 4e-5 is a decay of 0.99996.

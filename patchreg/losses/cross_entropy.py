@@ -11,12 +11,13 @@ from patchreg.utils.errors import ConfigError
 
 @MODELS.register_module()
 class CrossEntropyLoss(nn.Module):
-    """Cross-entropy against soft scores, smoothed labels or plain labels, whichever the batch brings.
+    """Cross-entropy against soft scores, smoothed labels or plain labels, as the batch brings.
 
     Soft scores are used as they are: mixing has smoothed them already.
 
     Source:
-        Criterion choice of DeiT: soft-target cross-entropy with mixup, else label smoothing, else plain.
+        Criterion choice of DeiT: soft-target cross-entropy with mixup, else label smoothing, else
+            plain.
 
     Args:
         label_smooth: Mass spread evenly over all classes when targets are labels, in [0, 1).

@@ -15,8 +15,8 @@ from patchreg.utils.errors import DataError
 class CostMetric(BaseMetric):
     """Multiply-accumulates of the evaluated images: mean, extremes, and ratio to the dense twin.
 
-    Every image weighs the same, whatever batch it was in; duplicates that fill up the last batch of a
-    distributed evaluation are dropped.
+    Every image weighs the same, whatever batch it was in; duplicates that fill up the last batch of
+    a distributed evaluation are dropped.
 
     Args:
         unit: Multiply-accumulates per reported unit; 1e9 reports GMACs.
@@ -29,7 +29,9 @@ class CostMetric(BaseMetric):
 
     default_prefix = "cost"
 
-    def __init__(self, unit: float = 1e9, collect_device: str = "cpu", prefix: str | None = None) -> None:
+    def __init__(
+        self, unit: float = 1e9, collect_device: str = "cpu", prefix: str | None = None
+    ) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)
         self.unit = unit
 
@@ -45,7 +47,9 @@ class CostMetric(BaseMetric):
         """
         for sample in data_samples:
             if "macs" not in sample:
-                raise DataError("the model's predictions tell no cost (macs); remove CostMetric from the evaluator")
+                raise DataError(
+                    "the predictions tell no cost (macs); remove CostMetric from the evaluator"
+                )
             self.results.append((float(sample["macs"]), float(sample["dense_macs"])))
 
     def compute_metrics(self, results: list[tuple[float, float]]) -> dict[str, float]:

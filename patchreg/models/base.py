@@ -1,6 +1,7 @@
-"""What every image classifier of the project does the same way: modes, targets, predictions, selection.
+"""What every image classifier does the same way: modes, targets, predictions, selection.
 
-Letters: B images, N tokens, E extra tokens in front of the grid, H x W token grid, C channels, K classes.
+Letters: B images, N tokens, E extra tokens in front of the grid, H x W token grid, C channels, K
+classes.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ class TokenFeatures:
         tokens: Tokens after the final norm, extra tokens first, then the grid in raster order.
         grid: Rows and columns of the token grid.
         extra: Number of extra tokens E.
-        blocks: Outputs of the blocks that were asked for, before the final norm, in execution order.
+        blocks: Outputs of the blocks that were asked for, before the final norm, in execution
+            order.
         maps: Feature maps of a pyramid, finest first; empty for a plain backbone.
         macs: Multiply-accumulates of the backbone for each image, or None when nothing is adaptive.
         dense_macs: Multiply-accumulates of the dense twin of the backbone, for one image.
         routing: What a method wants to remember of this forward pass (not kept by any module).
 
     Shape:
-        tokens [B, E + H * W, C]; blocks [B, E + H * W, C] each; maps [B, C_i, H_i, W_i]; macs [B] float64.
+        tokens [B, E + H * W, C]; blocks [B, E + H * W, C] each; maps [B, C_i, H_i, W_i]; macs [B]
+        float64.
     """
 
     tokens: Tensor
@@ -65,7 +68,9 @@ def stack_targets(data_samples: list[Any], device: torch.device) -> Tensor:
             return targets.to(device, non_blocking=True)
     missing = next(sample for sample in data_samples if "gt_label" not in sample)
     name = missing.get("img_path", "without a path")
-    raise DataError(f"the image {name} has no label (gt_label); use a labelled data set for this model")
+    raise DataError(
+        f"the image {name} has no label (gt_label); use a labelled data set for this model"
+    )
 
 
 @MODELS.register_module()
@@ -90,7 +95,9 @@ class PatchClassifier(BaseModel):
         self.backbone = MODELS.build(backbone)
         self.head = MODELS.build(head)
 
-    def forward(self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor") -> Any:
+    def forward(
+        self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor"
+    ) -> Any:
         """Run the model in one of MMEngine's modes.
 
         Args:
@@ -140,7 +147,8 @@ class PatchClassifier(BaseModel):
 
         Args:
             inputs: Preprocessed images.
-            data_samples: Samples to fill; their class needs `set_pred_score`, `set_pred_label`, `set_field`.
+            data_samples: Samples to fill; their class needs `set_pred_score`, `set_pred_label`,
+                `set_field`.
 
         Shape:
             inputs [B, 3, H, W].
@@ -149,7 +157,9 @@ class PatchClassifier(BaseModel):
             DataError: There are no samples to fill.
         """
         if data_samples is None:
-            raise DataError("predict needs one data sample per image to fill; use mode='tensor' for logits")
+            raise DataError(
+                "predict needs one data sample per image to fill; use mode='tensor' for logits"
+            )
         features = self.extract(inputs)
         scores = self.head(features).float().softmax(dim=1).cpu()
         labels = scores.argmax(dim=1, keepdim=True)
@@ -172,7 +182,7 @@ class PatchClassifier(BaseModel):
         """
 
     def cost(self, features: TokenFeatures) -> tuple[Tensor, float]:
-        """Return the multiply-accumulates of the whole model: executed per image, and of the dense twin.
+        """Return the cost of the whole model: executed per image, and of the dense twin.
 
         Args:
             features: What `extract` returned.
@@ -183,7 +193,9 @@ class PatchClassifier(BaseModel):
         head = self.head.macs()
         dense = features.dense_macs + head
         if features.macs is None:
-            return features.tokens.new_full((len(features.tokens),), dense, dtype=torch.float64), dense
+            return features.tokens.new_full(
+                (len(features.tokens),), dense, dtype=torch.float64
+            ), dense
         return features.macs + head, dense
 
     @torch.no_grad()

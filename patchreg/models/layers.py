@@ -1,6 +1,7 @@
 """Building blocks that the transformers of several methods share.
 
-Letters: B images, N tokens, E extra tokens in front of the grid, H x W token grid, C channels, h heads.
+Letters: B images, N tokens, E extra tokens in front of the grid, H x W token grid, C channels, h
+heads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ class PatchEmbed(nn.Module):
         norm: Apply LayerNorm (eps 1e-5) to the tokens, as the pyramid models do.
     """
 
-    def __init__(self, in_channels: int, embed_dims: int, patch_size: int, norm: bool = False) -> None:
+    def __init__(
+        self, in_channels: int, embed_dims: int, patch_size: int, norm: bool = False
+    ) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, embed_dims, patch_size, patch_size)
@@ -42,10 +45,13 @@ class PatchEmbed(nn.Module):
         """
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size or 0 in (height, width):
-            nearest = [max(round(n / self.patch_size), 1) * self.patch_size for n in (height, width)]
+            nearest = [
+                max(round(n / self.patch_size), 1) * self.patch_size for n in (height, width)
+            ]
             raise DataError(
-                f"an input of {height} x {width} px cannot be cut into patches of {self.patch_size} px; "
-                f"resize or crop it to a multiple, such as {nearest[0]} x {nearest[1]}"
+                f"an input of {height} x {width} px cannot be cut into patches of "
+                f"{self.patch_size} px; resize or crop it to "
+                f"a multiple, such as {nearest[0]} x {nearest[1]}"
             )
         features = self.proj(images)
         tokens = features.flatten(2).transpose(1, 2)
@@ -92,8 +98,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     short = key.shape[-2] <= 512
     if query.device.type == "cpu" and query.element_size() == 2 and short:
-        # Measured with torch 2.14: the CPU kernel of PyTorch takes 3 to 5 times as long, forward and backward, in
-        # half precision. Scores of longer sequences would cost too much memory.
+        # Measured with torch 2.14: the CPU kernel of PyTorch takes 3 to 5 times as long, forward
+        # and backward, in half precision. Scores of longer sequences would cost too much memory.
         with torch.autocast("cpu", enabled=False):
             scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
             return scores.softmax(dim=-1) @ value
@@ -110,7 +116,9 @@ class Attention(nn.Module):
         drop_rate: Dropout after the output projection, in [0, 1).
     """
 
-    def __init__(self, dims: int, num_heads: int, qkv_bias: bool = True, drop_rate: float = 0.0) -> None:
+    def __init__(
+        self, dims: int, num_heads: int, qkv_bias: bool = True, drop_rate: float = 0.0
+    ) -> None:
         super().__init__()
         self.num_heads = check_heads(dims, num_heads)
         self.qkv = nn.Linear(dims, 3 * dims, bias=qkv_bias)
@@ -145,7 +153,9 @@ def check_heads(dims: int, num_heads: int) -> int:
     """
     if num_heads < 1 or dims % num_heads:
         fits = [n for n in range(1, dims + 1) if dims % n == 0]
-        raise ConfigError(f"num_heads={num_heads} does not divide the width {dims}; use one of {fits}")
+        raise ConfigError(
+            f"num_heads={num_heads} does not divide the width {dims}; use one of {fits}"
+        )
     return num_heads
 
 
@@ -182,7 +192,9 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
         ConfigError: The rate is outside [0, 1).
     """
     if not 0.0 <= rate < 1.0:
-        raise ConfigError(f"drop_path_rate={rate} is outside [0, 1); 0.1 is usual, 0 switches it off")
+        raise ConfigError(
+            f"drop_path_rate={rate} is outside [0, 1); 0.1 is usual, 0 switches it off"
+        )
     return [rate * index / max(depth - 1, 1) for index in range(depth)]
 
 
@@ -217,8 +229,8 @@ def resize_pos_embed(
 def init_transformer(module: nn.Module) -> None:
     """Initialise every Linear (trunc_normal 0.02, bias 0) and LayerNorm (1, 0) below a module.
 
-    The normal distribution is cut at -2 and 2, not at two standard deviations; convolutions keep PyTorch's
-    default.
+    The normal distribution is cut at -2 and 2, not at two standard deviations; convolutions keep
+    PyTorch's default.
 
     Source:
         DeiT's weight initialisation.

@@ -1,7 +1,8 @@
-"""DeiT's recipe: AdamW, 300 epochs, cosine per epoch with warm-up, learning rate 5e-4 per 512 images.
+"""DeiT's recipe: AdamW, 300 epochs, cosine with warm-up, learning rate 5e-4 per 512 images.
 
-The learning rate below is for 512 images over all processes and is scaled to the batch in use (1e-3 at 1024). No
-weight decay on one-dimensional parameters, class token and position embedding; a distillation token decays.
+The learning rate below is for 512 images over all processes and is scaled to the batch in use (1e-3
+at 1024). No weight decay on one-dimensional parameters, class token and position embedding; a
+distillation token decays.
 """
 
 optim_wrapper = dict(

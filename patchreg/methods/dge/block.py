@@ -1,7 +1,7 @@
 """Encoder block of the Dynamic Grained Encoder: few queries, all keys.
 
-Letters: B images, H x W token grid, E extra tokens, N = E + H * W, C channels, h heads, d = C / h, M keys,
-L packed queries of the batch, Nd queries of an image in the dense form, S splits.
+Letters: B images, H x W token grid, E extra tokens, N = E + H * W, C channels, h heads, d = C / h,
+M keys, L packed queries of the batch, Nd queries of an image in the dense form, S splits.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ class PackedRows(NamedTuple):
     Args:
         plan: Row plan of `patchreg_ops`.
         image: Image of every row.
-        index: Number of every row within its image.
+        number: Number of every row within its image.
         longest: Most queries of an image.
 
     Shape:
-        image and index [L] int64.
+        image and number [L] int64.
     """
 
     plan: RowPlan
     image: Tensor
-    index: Tensor
+    number: Tensor
     longest: int
 
     @classmethod
@@ -78,15 +78,15 @@ class PackedRows(NamedTuple):
         """
         image = plan.rows[:, 0].contiguous()
         starts = plan.lengths.cumsum(0) - plan.lengths
-        index = torch.arange(len(image), device=image.device) - starts.index_select(0, image)
-        return cls(plan, image, index, longest)
+        number = torch.arange(len(image), device=image.device) - starts.index_select(0, image)
+        return cls(plan, image, number, longest)
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
     """Let the packed queries of every image look at all keys of that image.
 
-    Queries are padded to the longest image. No mask is needed: every image has all M keys, and what the padding
-    rows see is dropped.
+    Queries are padded to the longest image. No mask is needed: every image has all M keys, and what
+    the padding rows see is dropped.
 
     Source:
         Official `batched_sparse_attention` (evaluation only and without gradient there).
@@ -105,7 +105,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows
     padded = count != batch * rows.longest
     flat = query.reshape(count, heads * width)
     if padded:
-        slot = rows.image * rows.longest + rows.index
+        slot = rows.image * rows.longest + rows.number
         flat = flat.new_zeros(batch * rows.longest, heads * width).index_copy(0, slot, flat)
     full = flat.view(batch, rows.longest, heads, width).transpose(1, 2)
     out = attend(full, key, value)
@@ -124,7 +124,8 @@ class DGEAttention(nn.Module):
         num_heads: Heads; divides `dims`.
         qkv_bias: Bias of the query and key/value projections.
         drop_rate: Dropout after the output projection, in [0, 1).
-        sr_ratio: Keys and values come from squares of this many tokens per side (only with E = 0); 1 for none.
+        sr_ratio: Keys and values come from squares of this many tokens per side (only with E = 0);
+            1 for none.
     """
 
     def __init__(
@@ -160,7 +161,8 @@ class DGEAttention(nn.Module):
         if self.sr_ratio > 1:
             pixels = source.transpose(1, 2).reshape(batch, dims, *grid)
             source = self.norm(self.sr(pixels).flatten(2).transpose(1, 2))
-        pair = self.kv(source).view(batch, -1, 2, self.num_heads, dims // self.num_heads)
+        heads = self.num_heads
+        pair = self.kv(source).view(batch, source.shape[1], 2, heads, dims // heads)
         key, value = pair.permute(2, 0, 3, 1, 4).unbind(0)
         return key, value
 
@@ -179,7 +181,7 @@ class DGEAttention(nn.Module):
         """
         key, value = keys
         query = self.q(tokens)
-        query = query.view(*query.shape[:-1], self.num_heads, -1)
+        query = query.unflatten(-1, (self.num_heads, query.shape[-1] // self.num_heads))
         if rows is None:
             out = attend(query.transpose(1, 2), key, value)
             out = out.transpose(1, 2).reshape(tokens.shape)
@@ -191,10 +193,10 @@ class DGEAttention(nn.Module):
 class DGEBlock(nn.Module):
     """Pre-norm encoder block that queries each region at the granularity its router chooses.
 
-    Three ways of execution: `dense` runs all granularities and adds them up by the gate, `sparse` runs the
-    chosen one on packed queries, and `front` runs the extra tokens only (for a last block of which nothing
-    else is read). With noise the choice is drawn and the gate carries the straight-through gradient; without, it is
-    the best one.
+    Three ways of execution: `dense` runs all granularities and adds them up by the gate, `sparse`
+    runs the chosen one on packed queries, and `front` runs the extra tokens only (for a last block
+    of which nothing else is read). With noise the choice is drawn and the gate carries the
+    straight-through gradient; without, it is the best one.
 
     Source:
         DGE (NeurIPS 2021); official `Block` wrapped by `DynamicGrainedEncoder`.
@@ -212,7 +214,8 @@ class DGEBlock(nn.Module):
         upstream_products: Attention products that the upstream accounting counts.
 
     Differs from official:
-        The update is the sum of the two branches, not q2 - q0: the same value without the cancellation.
+        The update is the sum of the two branches, not q2 - q0: the same value without the
+        cancellation.
     """
 
     def __init__(
@@ -272,11 +275,12 @@ class DGEBlock(nn.Module):
             extra: Number of extra tokens E.
             path: `dense`, `sparse` or `front`.
             noise: Gumbel noise for a drawn choice, or None for the best one.
-            uniform: Draws for drop path: one per branch and image, or one per branch, image and query.
+            uniform: Draws for drop path: one per branch and image, or one per branch, image and
+                query.
 
         Shape:
-            x [B, N, C]; noise [B, Hr, Wr, S]; uniform [B, 2] or [B, 2, >= queries of an image]; returns
-            [B, N, C], for `front` [B, E, C].
+            x [B, N, C]; noise [B, Hr, Wr, S]; uniform [B, 2] or [B, 2, >= queries of an image];
+            returns [B, N, C], for `front` [B, E, C].
         """
         if path == "front":
             return self._forward_front(x, grid, extra)
@@ -285,12 +289,19 @@ class DGEBlock(nn.Module):
         return self._forward_dense(x, grid, extra, noise, uniform)
 
     def _forward_dense(
-        self, x: Tensor, grid: tuple[int, int], extra: int, noise: Tensor | None, uniform: Tensor | None
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        extra: int,
+        noise: Tensor | None,
+        uniform: Tensor | None,
     ) -> tuple[Tensor, BlockRouting]:
         splits = self.dge.candidates
         pooled = compress_dense(x, splits, *grid, extra)
         means = self._pooled_means(pooled, grid)
-        logits = self.dge.router(region_mean(x, grid, extra, self.dge.region) if means is None else means)
+        logits = self.dge.router(
+            region_mean(x, grid, extra, self.dge.region) if means is None else means
+        )
         choice, gate = self.dge.choose(logits, noise)
         if gate is None:
             gate = self.dge.one_hot(choice, logits.dtype)
@@ -306,7 +317,12 @@ class DGEBlock(nn.Module):
         return out, self._record(x, grid, queries, choice, logits)
 
     def _forward_sparse(
-        self, x: Tensor, grid: tuple[int, int], extra: int, noise: Tensor | None, uniform: Tensor | None
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        extra: int,
+        noise: Tensor | None,
+        uniform: Tensor | None,
     ) -> tuple[Tensor, BlockRouting]:
         splits = self.dge.candidates
         logits = self.dge.router(region_mean(x, grid, extra, self.dge.region))
@@ -315,12 +331,14 @@ class DGEBlock(nn.Module):
         # Keys need no choice: they are computed while the lengths travel to the host.
         keys = self.attn.keys(self.norm1(x), grid)
         counts = lengths.tolist()
-        rows = PackedRows.of(row_plan(choice, splits, *grid, extra, total=sum(counts)), max(counts, default=0))
+        rows = PackedRows.of(
+            row_plan(choice, splits, *grid, extra, total=sum(counts)), max(counts, default=0)
+        )
         pooled = compress(x, rows.plan, *grid, extra)
         if uniform is not None and uniform.ndim == 2:
             uniform = uniform.index_select(0, rows.image)
         elif uniform is not None:
-            uniform = uniform[rows.image, :, rows.index]
+            uniform = uniform[rows.image, :, rows.number]
         update = self._update(pooled, self.norm1(pooled), keys, rows, uniform)
         if gate is None:
             gate = self.dge.one_hot(choice, logits.dtype)
@@ -340,11 +358,11 @@ class DGEBlock(nn.Module):
         return out, self._record(x, grid, queries, None, None)
 
     def _pooled_means(self, pooled: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """Return the region means when the last candidate (one query per region) has pooled them already."""
+        """Return the region means if the last candidate (one query per region) pooled them."""
         if self.dge.candidates[-1] != 1:
             return None
         rows, columns = region_grid(*grid, self.dge.region)
-        return pooled[:, -rows * columns :].view(len(pooled), rows, columns, -1)
+        return pooled[:, -rows * columns :].unflatten(1, (rows, columns))
 
     def _update(
         self,
@@ -356,12 +374,16 @@ class DGEBlock(nn.Module):
     ) -> Tensor:
         """Return what the block adds to its queries, in their type (also under autocast)."""
         first, second = (None, None) if uniform is None else uniform.unbind(1)
-        attended = drop_path(self.attn(normed, keys, rows), first, self.drop_path_rate).to(tokens.dtype)
+        attended = drop_path(self.attn(normed, keys, rows), first, self.drop_path_rate).to(
+            tokens.dtype
+        )
         changed = drop_path(self.mlp(self.norm2(tokens + attended)), second, self.drop_path_rate)
         return attended + changed
 
-    def _row_gate(self, choice: Tensor, gate: Tensor, rows: PackedRows, grid: tuple[int, int]) -> Tensor:
-        """Return the gate value of the chosen candidate for every packed row, 1 for extra tokens."""
+    def _row_gate(
+        self, choice: Tensor, gate: Tensor, rows: PackedRows, grid: tuple[int, int]
+    ) -> Tensor:
+        """Return the gate of the chosen candidate for every packed row, 1 for extra tokens."""
         chosen = gate.gather(-1, choice.unsqueeze(-1)).flatten(1)
         table = torch.cat((chosen.new_ones(len(chosen), 1), chosen), dim=1)
         region = self.dge.region

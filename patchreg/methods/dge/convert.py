@@ -1,7 +1,7 @@
 """State dicts of other layouts, both ways.
 
-Layouts: `official` is the state dict of vtpack's DeiT and DeiT-DGE (`patch_embed.*`, `blocks.*`, `head.*`), whose
-plain DeiT is timm's; ours puts the same names below `backbone.` and `head.`.
+Layouts: `official` is the state dict of vtpack's DeiT and DeiT-DGE (`patch_embed.*`, `blocks.*`,
+`head.*`), whose plain DeiT is timm's; ours puts the same names below `backbone.` and `head.`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,15 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         part, _, rest = key.partition(".")
         if part not in ("backbone", "head"):
-            raise CheckpointError(f"'{key}' has no official name; expected keys below 'backbone.' or 'head.'")
+            raise CheckpointError(
+                f"'{key}' has no official name; expected keys below 'backbone.' or 'head.'"
+            )
         renamed[rest] = value
     return renamed
 
 
 def split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn the fused qkv projections of a plain DeiT into the query and key/value projections of DGE.
+    """Turn the fused qkv projections of a plain DeiT into the separate ones of DGE.
 
     Routers and `splits` are not in the result: a DGE model loaded with it keeps its fresh ones.
 
@@ -85,7 +87,9 @@ def merge_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if ".attn.q." in key:
             partner = key.replace(".attn.q.", ".attn.kv.")
             if partner not in state:
-                raise CheckpointError(f"'{key}' without '{partner}': not the state dict of a DGE model")
+                raise CheckpointError(
+                    f"'{key}' without '{partner}': not the state dict of a DGE model"
+                )
             converted[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat((value, state[partner]))
         elif ".attn.kv." not in key and ".dge." not in key:
             converted[key] = value

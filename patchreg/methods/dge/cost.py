@@ -1,10 +1,10 @@
 """What a forward pass of the Dynamic Grained Encoder decided, and what it costs.
 
-All costs are multiply-accumulates. Two accountings exist: `upstream` repeats the official counts (and its
-slips), `corrected` is right.
+All costs are multiply-accumulates. Two accountings exist: `upstream` repeats the official counts
+(and its slips), `corrected` is right.
 
-Letters: B images, H x W token grid, E extra tokens, N = E + H * W, Hr x Wr regions of r x r tokens, S splits,
-Q queries of an image, M keys.
+Letters: B images, H x W token grid, E extra tokens, N = E + H * W, Hr x Wr regions of r x r tokens,
+S splits, Q queries of an image, M keys.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check_accounting(accounting: str) -> str:
 
 @lru_cache(maxsize=64)
 def query_table(grid: tuple[int, int], splits: tuple[int, ...], device: torch.device) -> Tensor:
-    """Count the queries of every candidate in every region; squares without a real token do not exist.
+    """Count the queries of every candidate in every region, without squares outside the grid.
 
     Args:
         grid: Token grid (H, W).
@@ -54,7 +54,8 @@ def query_table(grid: tuple[int, int], splits: tuple[int, ...], device: torch.de
         counts = [-(-min(region, length - start) // step) for start in starts]
         return torch.tensor(counts, dtype=torch.float64)
 
-    # The table outlives the call, so it must be an ordinary tensor even when first asked for in inference mode.
+    # The table outlives the call, so it must be an ordinary tensor even when first asked for in
+    # inference mode.
     with torch.inference_mode(False):
         table = [torch.outer(side(grid[0], split), side(grid[1], split)) for split in splits]
         return torch.stack(table, dim=-1).to(device)
@@ -102,7 +103,7 @@ class BlockCost:
 
     @property
     def fixed(self) -> float:
-        """Cost that does not depend on the queries: norms, keys and values, spatial reduction, router."""
+        """Cost whatever the queries: norms, keys and values, spatial reduction, router."""
         cost = 2 * self.tokens * self.dims + 2 * self.keys * self.dims**2
         if self.sr_ratio > 1:
             cost += self.tokens * self.dims**2 + self.keys * self.dims
@@ -118,9 +119,7 @@ class BlockCost:
         """
         products = 2 if accounting == "corrected" else self.upstream_products
         attention = products * self.keys * self.dims + 3 * self.keys * self.num_heads
-        return float(
-            2 * self.dims**2 + attention + 2 * self.dims * self.mlp_dims + self.mlp_dims
-        )
+        return float(2 * self.dims**2 + attention + 2 * self.dims * self.mlp_dims + self.mlp_dims)
 
 
 @dataclass(eq=False)
@@ -153,8 +152,8 @@ class BlockRouting:
 class Routing:
     """Decisions of one forward pass, block by block, and the cost of the model around the blocks.
 
-    It belongs to the pass that made it: no module keeps it, so two passes before a loss, or an evaluation
-    between them, do not mix.
+    It belongs to the pass that made it: no module keeps it, so two passes before a loss, or an
+    evaluation between them, do not mix.
 
     Differs from official:
         The official encoder keeps the last decision as module state, with its graph.
@@ -210,10 +209,13 @@ class Routing:
         """Return how the regions of each image are spread over the candidates, block by block.
 
         Shape:
-            Returns [B, routed blocks, S] float32; the last dimension sums to 1. Blocks need equal S.
+            Returns [B, routed blocks, S] float32; the last dimension sums to 1. Blocks need equal
+            S.
         """
         parts = []
-        for block in self.routed:
+        for block in self.blocks:
+            if block.choice is None:
+                continue
             choice = block.choice.flatten(1)
             counts = [(choice == index).float().mean(1) for index in range(len(block.splits))]
             parts.append(torch.stack(counts, dim=1))

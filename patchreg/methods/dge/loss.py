@@ -23,8 +23,8 @@ class DGEBudgetLoss(nn.Module):
     Args:
         budget: Wanted ratio of dynamic to static cost, in (0, 1].
         loss_weight: Factor, at least 0.
-        scope: `process` takes the mean over the images of each process, as published; `global` over all
-            processes.
+        scope: `process` takes the mean over the images of each process, as published; `global` over
+            all processes.
         accounting: How cost is counted: `upstream`, as published, or `corrected`.
 
     Raises:
@@ -40,7 +40,9 @@ class DGEBudgetLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not 0.0 < budget <= 1.0:
-            raise ConfigError(f"budget={budget} is outside (0, 1]; 0.5 asks for half the static cost")
+            raise ConfigError(
+                f"budget={budget} is outside (0, 1]; 0.5 asks for half the static cost"
+            )
         if loss_weight < 0:
             raise ConfigError(f"loss_weight={loss_weight} is negative; 1.0 is usual")
         if scope not in ("process", "global"):
@@ -62,7 +64,8 @@ class DGEBudgetLoss(nn.Module):
         """
         mean = dynamic.mean()
         if self.scope == "global" and get_world_size() > 1:
-            # Value of the mean over processes, gradient of the own part: data parallel averages gradients.
+            # Value of the mean over processes, gradient of the own part: data parallel averages
+            # gradients.
             everywhere = mean.detach().clone()
             all_reduce(everywhere, "mean")
             mean = mean + (everywhere - mean.detach())
@@ -77,12 +80,12 @@ class DGEDistillationLoss(nn.Module):
         "Training data-efficient image transformers", section 4; official `DistillationLoss`.
 
     Args:
-        mode: `none` keeps the class loss; `soft` adds a divergence to the teacher's distribution; `hard` a
-            cross-entropy to the teacher's decision.
+        mode: `none` keeps the class loss; `soft` adds a divergence to the teacher's distribution;
+            `hard` a cross-entropy to the teacher's decision.
         alpha: Weight of the teacher's term, in [0, 1]; the class loss gets 1 - alpha.
         tau: Temperature of `soft`, above 0.
-        divide_by_classes: Divide the divergence by batch size x classes, as published (its weight then shrinks
-            with the number of classes), not by the batch size.
+        divide_by_classes: Divide the divergence by batch size x classes, as published (its weight
+            then shrinks with the number of classes), not by the batch size.
 
     Raises:
         ConfigError: A value is out of range or unknown.

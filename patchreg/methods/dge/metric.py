@@ -51,8 +51,8 @@ class DGEGranularityMetric(BaseMetric):
             if histogram is None or histogram.shape[-1] != len(self.splits):
                 found = "none" if histogram is None else f"{histogram.shape[-1]} candidates"
                 raise DataError(
-                    f"the metric counts splits {list(self.splits)} but the predictions tell {found}; set its "
-                    "`splits` to the backbone's, or remove it for a model without routers"
+                    f"the metric counts splits {list(self.splits)} but the predictions tell "
+                    f"{found}; set its `splits` to the backbone's, or remove it for a plain model"
                 )
             self.results.append(histogram)
 
@@ -67,5 +67,7 @@ class DGEGranularityMetric(BaseMetric):
         metrics = dict(zip(names, mean.mean(0).tolist(), strict=True))
         if self.per_block:
             for index, row in enumerate(mean.tolist()):
-                metrics.update({f"block{index}_{name}": value for name, value in zip(names, row, strict=True)})
+                metrics.update(
+                    {f"block{index}_{name}": value for name, value in zip(names, row, strict=True)}
+                )
         return metrics

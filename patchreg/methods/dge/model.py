@@ -1,7 +1,7 @@
 """DeiT with the Dynamic Grained Encoder, and the classifier that trains it under a cost budget.
 
-Letters: B images, E extra tokens, H x W token grid, N = E + H * W tokens, C channels, Hr x Wr regions of r x r
-tokens, S splits, K classes.
+Letters: B images, E extra tokens, H x W token grid, N = E + H * W tokens, C channels, Hr x Wr
+regions of r x r tokens, S splits, K classes.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ def check_grid(
     """
     if not padding and any(side % region for side in grid):
         unit = region * patch_size
-        sizes = [sorted({max(side // region, 1) * unit, -(-side // region) * unit}) for side in grid]
-        text = " or ".join(f"{height} x {width}" for height, width in zip(sizes[0], sizes[-1], strict=False))
+        below = tuple(max(side // region, 1) * unit for side in grid)
+        above = tuple(-(-side // region) * unit for side in grid)
+        text = " or ".join(f"{height} x {width}" for height, width in sorted({below, above}))
         raise DataError(
-            f"a token grid of {grid[0]} x {grid[1]} is not divisible by the region of {region} tokens; "
-            f"use images of {text} px (height x width), or region_padding=True"
+            f"a token grid of {grid[0]} x {grid[1]} is not divisible by the region of {region} "
+            f"tokens; use images of {text} px (height x width), or region_padding=True"
         )
     return -(-grid[0] // region), -(-grid[1] // region)
 
@@ -60,15 +61,16 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
         arch: As in `VisionTransformerBackbone`.
         img_size: As in `VisionTransformerBackbone`.
         splits: Queries per region side of each candidate; the region side is the largest.
-        sparse_train: Train on the chosen granularity only; cheaper, but gates that were not chosen get no
-            gradient and accuracy suffers.
-        eval_path: `sparse` computes the chosen queries only, `dense` all of them with hard gates (the same
-            result; a check, and faster where launching is dear). Can be changed at any time.
-        skip_last_queries: In evaluation, run only the extra tokens through the last block: same logits for
-            a head that reads them, about 7 % less computation.
+        sparse_train: Train on the chosen granularity only; cheaper, but gates that were not chosen
+            get no gradient and accuracy suffers.
+        eval_path: `sparse` computes the chosen queries only, `dense` all of them with hard gates
+            (the same result; a check, and faster where launching is dear). Can be changed at any
+            time.
+        skip_last_queries: In evaluation, run only the extra tokens through the last block: same
+            logits for a head that reads them, about 7 % less computation.
         drop_path_mode: `query` drops single queries, as published; `sample` drops images.
-        region_padding: Accept token grids that the region does not divide: they count as padded on the
-            right and bottom, and only real tokens are averaged.
+        region_padding: Accept token grids that the region does not divide: they count as padded on
+            the right and bottom, and only real tokens are averaged.
         init_cfg: Weights to load, as in MMEngine.
         kwargs: Further arguments of `VisionTransformerBackbone`.
 
@@ -95,7 +97,9 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
         if eval_path not in ("sparse", "dense"):
             raise ConfigError(f"eval_path={eval_path!r} is unknown; use 'sparse' or 'dense'")
         if drop_path_mode not in ("query", "sample"):
-            raise ConfigError(f"drop_path_mode={drop_path_mode!r} is unknown; use 'query' or 'sample'")
+            raise ConfigError(
+                f"drop_path_mode={drop_path_mode!r} is unknown; use 'query' or 'sample'"
+            )
         self.splits = check_splits(splits)
         self.sparse_train = sparse_train
         self.eval_path = eval_path
@@ -104,7 +108,9 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
         self.region_padding = region_padding
         super().__init__(arch=arch, img_size=img_size, init_cfg=init_cfg, **kwargs)
         if skip_last_queries and not self.extra:
-            raise ConfigError("skip_last_queries=True needs a class token: without one every token is read")
+            raise ConfigError(
+                "skip_last_queries=True needs a class token: without one every token is read"
+            )
 
     def build_block(self, drop_path_rate: float) -> nn.Module:
         """Build one encoder block with its router.
@@ -124,7 +130,7 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
         )
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights; routers last, because the general initialisation would undo theirs."""
+        """Draw fresh weights; routers last, because the general way would undo theirs."""
         super().reset_parameters()
         for part in self.modules():
             if isinstance(part, DynamicGrainedEncoder):
@@ -141,11 +147,12 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
         Args:
             images: Images whose sides are multiples of the patch size.
             out_blocks: Blocks, from 0, whose outputs are returned too.
-            noise: Gumbel noise of every block instead of a fresh draw; in evaluation None means no noise.
+            noise: Gumbel noise of every block instead of a fresh draw; in evaluation None means no
+                noise.
 
         Shape:
-            images [B, in_channels, H * patch, W * patch]; noise [B, Hr, Wr, S] each; tokens [B, N, C]
-            ([B, E, C] in evaluation with `skip_last_queries`).
+            images [B, in_channels, H * patch, W * patch]; noise [B, Hr, Wr, S] each; tokens [B, N,
+            C] ([B, E, C] in evaluation with `skip_last_queries`).
 
         Raises:
             DataError: The region does not divide the token grid.
@@ -186,7 +193,9 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
         """Make all draws of a pass: router noise, then drop path."""
         nothing: list[Tensor | None] = [None] * self.depth
         if noise is not None and len(noise) != self.depth:
-            raise DataError(f"noise has {len(noise)} entries; expected one for each of {self.depth} blocks")
+            raise DataError(
+                f"noise has {len(noise)} entries; expected one for each of {self.depth} blocks"
+            )
         noises: Sequence[Tensor | None] = nothing if noise is None else noise
         if not self.training:
             return noises, nothing
@@ -201,7 +210,8 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
         count = x.shape[1]
         if not self.sparse_train:
             count = self.extra + sum(
-                -(-grid[0] // (max(self.splits) // split)) * -(-grid[1] // (max(self.splits) // split))
+                -(-grid[0] // (max(self.splits) // split))
+                * -(-grid[1] // (max(self.splits) // split))
                 for split in self.splits
             )
         return noises, batch_random.uniform(len(x), (self.depth, 2, count), x.device).unbind(1)
@@ -213,7 +223,8 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
             grid: Token grid (H, W).
 
         Differs from official:
-            `upstream` repeats its slip of counting channels x height pixels instead of height x width.
+            `upstream` repeats its slip of counting channels x height pixels instead of height x
+            width.
         """
         weight = self.patch_embed.proj.weight
         patch, channels = self.patch_embed.patch_size, weight.shape[1]
@@ -230,13 +241,14 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
         Args:
             grid: Token grid (H, W).
         """
-        costs = [block.cost(self.extra + grid[0] * grid[1]) for block in self.blocks]
+        tokens = self.extra + grid[0] * grid[1]
+        costs = [block.cost(tokens) for block in self.blocks if isinstance(block, DGEBlock)]
         blocks = sum(cost.fixed + cost.tokens * cost.per_query("corrected") for cost in costs)
         return self.embedding_macs(grid)["corrected"] + blocks
 
 
 class FrozenTeacher:
-    """Holds a teacher outside the module tree: not saved, not averaged, not synchronised, not trained.
+    """Holds a teacher outside the module tree: not saved, averaged, synchronised or trained.
 
     Args:
         model: The teacher.
@@ -266,7 +278,8 @@ class DGEClassifier(PatchClassifier):
         budget_loss: Config of the budget loss, or None.
         teacher: Config of a frozen model that returns logits, or None.
         distillation: Config of the distillation loss; needs `teacher` and a distilled head.
-        accounting: How reported costs are counted, `corrected` or `upstream`; the budget loss has its own.
+        accounting: How reported costs are counted, `corrected` or `upstream`; the budget loss has
+            its own.
         data_preprocessor: Config of the preprocessor, or None.
         init_cfg: Weights to load, as in MMEngine.
 
@@ -289,16 +302,23 @@ class DGEClassifier(PatchClassifier):
         self.accounting = check_accounting(accounting)
         self.budget_loss = None if budget_loss is None else MODELS.build(budget_loss)
         if (teacher is None) != (distillation is None):
-            raise ConfigError("distillation needs both `teacher` and `distillation`; set both or none")
+            raise ConfigError(
+                "distillation needs both `teacher` and `distillation`; set both or none"
+            )
         self.distillation = None if distillation is None else MODELS.build(distillation)
         self._teacher = None if teacher is None else FrozenTeacher(MODELS.build(teacher))
         if self.distillation is not None and not getattr(self.head, "distilled", False):
             raise ConfigError(
-                "distillation needs a model with two outputs: set dist_token=True in the backbone and "
-                "distilled=True in the head"
+                "distillation needs a model with two outputs: set dist_token=True in the backbone "
+                "and distilled=True in the head"
             )
-        if getattr(self.backbone, "skip_last_queries", False) and getattr(self.head, "pool", "") == "mean":
-            raise ConfigError("skip_last_queries=True computes extra tokens only; use a head with pool='cls'")
+        if (
+            getattr(self.backbone, "skip_last_queries", False)
+            and getattr(self.head, "pool", "") == "mean"
+        ):
+            raise ConfigError(
+                "skip_last_queries=True computes extra tokens only; use a head with pool='cls'"
+            )
 
     def extract(self, inputs: Tensor, noise: Sequence[Tensor] | None = None) -> TokenFeatures:
         """Run the backbone and add the head to the cost of the pass.
@@ -343,7 +363,9 @@ class DGEClassifier(PatchClassifier):
             losses = self.distillation(base, logits_dist, self._teacher(inputs))
         if self.budget_loss is not None:
             if features.routing is None:
-                raise ConfigError("budget_loss needs a backbone with routers; remove it for a plain one")
+                raise ConfigError(
+                    "budget_loss needs a backbone with routers; remove it for a plain one"
+                )
             accounting = self.budget_loss.accounting
             static = features.routing.static(accounting)
             dynamic = features.routing.dynamic(accounting)
@@ -355,7 +377,7 @@ class DGEClassifier(PatchClassifier):
         return losses
 
     def cost(self, features: TokenFeatures) -> tuple[Tensor, float]:
-        """Return the multiply-accumulates of the whole model: executed per image, and of the dense twin.
+        """Return the cost of the whole model: executed per image, and of the dense twin.
 
         Args:
             features: What `extract` returned.
@@ -384,9 +406,10 @@ class DGEClassifier(PatchClassifier):
     def select(self, inputs: Tensor) -> PatchSelection:
         """Say how finely each region is looked at.
 
-        Cells are regions. `resolution` is the share s^2 / r^2 of full sampling, averaged over the blocks. `score`
-        is the same plus the share expected under the routers' softmax, scaled down so that it only
-        breaks ties. `keep` marks regions that any block looks at above the coarsest granularity.
+        Cells are regions. `resolution` is the share s^2 / r^2 of full sampling, averaged over the
+        blocks. `score` is the same plus the share expected under the routers' softmax, scaled down
+        so that it only breaks ties. `keep` marks regions that any block looks at above the coarsest
+        granularity.
 
         Args:
             inputs: Preprocessed images.
@@ -402,10 +425,15 @@ class DGEClassifier(PatchClassifier):
         region = max(splits)
         shares = torch.tensor([(split / region) ** 2 for split in splits], device=inputs.device)
         resolution = torch.stack([shares[block.choice] for block in blocks]).mean(0)
-        expected = torch.stack([block.logits.float().softmax(-1) @ shares for block in blocks]).mean(0)
+        expected = torch.stack(
+            [block.logits.float().softmax(-1) @ shares for block in blocks]
+        ).mean(0)
         macs, dense_macs = self.cost(features)
         rows, columns = resolution.shape[1:]
-        cell = region * inputs.shape[2] // features.grid[0], region * inputs.shape[3] // features.grid[1]
+        cell = (
+            region * inputs.shape[2] // features.grid[0],
+            region * inputs.shape[3] // features.grid[1],
+        )
         selection = PatchSelection.from_grid(
             image_size=(rows * cell[0], columns * cell[1]),
             grid=(rows, columns),

@@ -1,7 +1,7 @@
-"""Routing of the Dynamic Grained Encoder: which granularity each region of the token grid is queried at.
+"""Routing of the Dynamic Grained Encoder: how finely each region of the token grid is queried.
 
-Letters: B images, H x W token grid, E extra tokens, N = E + H * W, C channels, Hr x Wr regions of r x r
-tokens, S splits.
+Letters: B images, H x W token grid, E extra tokens, N = E + H * W, C channels, Hr x Wr regions of r
+x r tokens, S splits.
 """
 
 from __future__ import annotations
@@ -24,16 +24,22 @@ def check_splits(splits: Sequence[int]) -> tuple[int, ...]:
         splits: Queries per region side of each candidate.
 
     Raises:
-        ConfigError: Empty, doubled or non-positive entries, or one that does not divide the largest.
+        ConfigError: Empty, doubled or non-positive entries, or one that does not divide the
+            largest.
     """
     values = tuple(int(split) for split in splits)
     if not values or any(value < 1 for value in values) or len(set(values)) != len(values):
-        raise ConfigError(f"splits={list(splits)}: expected different positive integers, such as [4, 2, 1]")
+        raise ConfigError(
+            f"splits={list(splits)}: expected different positive integers, such as [4, 2, 1]"
+        )
     region = max(values)
     bad = [value for value in values if region % value]
     if bad:
         fits = [value for value in range(region, 0, -1) if region % value == 0]
-        raise ConfigError(f"splits={list(splits)}: {bad[0]} does not divide the region {region}; use some of {fits}")
+        raise ConfigError(
+            f"splits={list(splits)}: {bad[0]} does not divide the region {region}; "
+            f"use some of {fits}"
+        )
     return values
 
 
@@ -54,7 +60,9 @@ def region_mean(x: Tensor, grid: tuple[int, int], extra: int, region: int) -> Te
     cells = x[:, extra:]
     down, right = -height % region, -width % region
     if not down and not right:
-        return cells.reshape(batch, height // region, region, width // region, region, dims).mean((2, 4))
+        return cells.reshape(batch, height // region, region, width // region, region, dims).mean(
+            (2, 4)
+        )
     cells = F.pad(cells.reshape(batch, height, width, dims), (0, 0, 0, right, 0, down))
     rows, columns = (height + down) // region, (width + right) // region
     total = cells.view(batch, rows, region, columns, region, dims).sum((2, 4))
@@ -125,8 +133,8 @@ class DynamicGrainedEncoder(nn.Module):
         ConfigError: The splits cannot be used.
 
     Differs from official:
-        `splits` is a buffer (there a frozen parameter) and computation uses Python integers, so that training
-        never waits for the device.
+        `splits` is a buffer (there a frozen parameter) and computation uses Python integers, so
+        that training never waits for the device.
     """
 
     splits: Tensor
@@ -146,8 +154,9 @@ class DynamicGrainedEncoder(nn.Module):
             noise: Gumbel noise; None takes the best score, without gradient.
 
         Shape:
-            logits and noise [B, Hr, Wr, S]; returns the choice [B, Hr, Wr] int64 and the straight-through gate
-            [B, Hr, Wr, S] (value one-hot up to rounding, gradient of the softmax), or None without noise.
+            logits and noise [B, Hr, Wr, S]; returns the choice [B, Hr, Wr] int64 and the
+            straight-through gate [B, Hr, Wr, S] (value one-hot up to rounding, gradient of the
+            softmax), or None without noise.
         """
         if noise is None:
             return logits.argmax(dim=-1), None
@@ -167,15 +176,19 @@ class DynamicGrainedEncoder(nn.Module):
             choice [B, Hr, Wr]; returns [B, Hr, Wr, S].
         """
         shape = (*choice.shape, len(self.candidates))
-        return torch.zeros(shape, dtype=dtype, device=choice.device).scatter_(-1, choice.unsqueeze(-1), 1.0)
+        return torch.zeros(shape, dtype=dtype, device=choice.device).scatter_(
+            -1, choice.unsqueeze(-1), 1.0
+        )
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         errors = args[-1]
         loaded = state_dict.get(prefix + "splits")
         if loaded is not None and loaded.tolist() != list(self.candidates):
             errors.append(
-                f"{prefix}splits is {loaded.tolist()} in the checkpoint but {list(self.candidates)} in the "
-                "model; set `splits` of the backbone to the checkpoint's"
+                f"{prefix}splits is {loaded.tolist()} in the checkpoint but "
+                f"{list(self.candidates)} in the model; set the backbone's `splits` accordingly"
             )
-            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "splits"}
+            state_dict = {
+                key: value for key, value in state_dict.items() if key != prefix + "splits"
+            }
         super()._load_from_state_dict(state_dict, prefix, *args)

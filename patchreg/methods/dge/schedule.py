@@ -18,8 +18,8 @@ class DeiTCosineLR(_ParamScheduler):
     """Cosine with linear warm-up over epochs, exactly as the official DeiT and DGE runs used it.
 
     f(t) = warmup_lr + t (lr - warmup_lr) / warmup_epochs for t < warmup_epochs, else
-    eta_min + 0.5 (lr - eta_min) (1 + cos(pi t / T_max)); the cosine is not shifted by the warm-up. Epoch e uses
-    f(max(e - lag, 0)).
+    eta_min + 0.5 (lr - eta_min) (1 + cos(pi t / T_max)); the cosine is not shifted by the warm-up.
+    Epoch e uses f(max(e - lag, 0)).
 
     Source:
         timm's cosine scheduler as stepped by DeiT's training script.
@@ -31,10 +31,11 @@ class DeiTCosineLR(_ParamScheduler):
         warmup_lr: Learning rate at the start of the warm-up.
         eta_min: Learning rate the cosine ends at.
         lag: Epochs by which the schedule is late: 1 as published, 0 for the textbook form.
-        linear_warmup: Also raise the rate within the epochs `lag` .. `warmup_epochs` + `lag` - 1, by lr / (warmup
-            epochs x iterations per epoch) after every iteration; needs `convert_to_iter_based=True`.
-        noise_range: Start, or start and end, as fractions of `T_max`, between which the rate is multiplied by
-            1 + n; None for no noise.
+        linear_warmup: Also raise the rate within the epochs `lag` .. `warmup_epochs` + `lag` - 1,
+            by lr / (warmup epochs x iterations per epoch) after every iteration; needs
+            `convert_to_iter_based=True`.
+        noise_range: Start, or start and end, as fractions of `T_max`, between which the rate is
+            multiplied by 1 + n; None for no noise.
         noise_pct: Bound of |n|; n is drawn from N(0, 1) until it is below.
         seed: Seed of the noise; epoch t draws with seed + t.
         epoch_length: Iterations of an epoch when stepped by iteration.
@@ -63,13 +64,18 @@ class DeiTCosineLR(_ParamScheduler):
     ) -> None:
         if T_max < 1 or warmup_epochs < 0 or lag < 0 or noise_pct <= 0:
             raise ConfigError(
-                f"T_max={T_max}, warmup_epochs={warmup_epochs}, lag={lag}, noise_pct={noise_pct}: expected "
-                "T_max >= 1, warmup_epochs and lag >= 0, noise_pct > 0"
+                f"T_max={T_max}, warmup_epochs={warmup_epochs}, lag={lag}, noise_pct={noise_pct}: "
+                "expected T_max >= 1, warmup_epochs and lag >= 0, noise_pct > 0"
             )
         if by_epoch and linear_warmup:
-            raise ConfigError("linear_warmup=True changes the rate within an epoch: set convert_to_iter_based=True")
+            raise ConfigError(
+                "linear_warmup=True changes the rate within an epoch: "
+                "set convert_to_iter_based=True"
+            )
         if not by_epoch and not epoch_length:
-            raise ConfigError("by_epoch=False needs epoch_length; set convert_to_iter_based=True instead")
+            raise ConfigError(
+                "by_epoch=False needs epoch_length; set convert_to_iter_based=True instead"
+            )
         self.T_max = T_max
         self.warmup_epochs = warmup_epochs
         self.warmup_lr = warmup_lr
@@ -79,11 +85,13 @@ class DeiTCosineLR(_ParamScheduler):
         self.noise_range = None if noise_range is None else [part * T_max for part in noise_range]
         self.noise_pct = noise_pct
         self.seed = seed
-        self.epoch_length = 1 if by_epoch else epoch_length
+        self.epoch_length = 1 if by_epoch or epoch_length is None else epoch_length
         super().__init__(optimizer, param_name="lr", by_epoch=by_epoch, **kwargs)
 
     @classmethod
-    def build_iter_from_epoch(cls, *args: Any, epoch_length: int, by_epoch: bool = True, **kwargs: Any) -> DeiTCosineLR:
+    def build_iter_from_epoch(
+        cls, *args: Any, epoch_length: int, by_epoch: bool = True, **kwargs: Any
+    ) -> DeiTCosineLR:
         """Build the scheduler for steps after every iteration; lengths stay in epochs.
 
         Args:
@@ -111,7 +119,9 @@ class DeiTCosineLR(_ParamScheduler):
         if t < self.warmup_epochs:
             value = self.warmup_lr + t * (lr - self.warmup_lr) / self.warmup_epochs
         else:
-            value = self.eta_min + 0.5 * (lr - self.eta_min) * (1 + math.cos(math.pi * t / self.T_max))
+            value = self.eta_min + 0.5 * (lr - self.eta_min) * (
+                1 + math.cos(math.pi * t / self.T_max)
+            )
         if epoch >= self.lag:
             value += value * self._noise(t)
         if self.linear_warmup and self.lag <= epoch < self.warmup_epochs + self.lag:
@@ -119,7 +129,11 @@ class DeiTCosineLR(_ParamScheduler):
         return value
 
     def _noise(self, t: int) -> float:
-        if self.noise_range is None or t < self.noise_range[0] or t >= [*self.noise_range, math.inf][1]:
+        if (
+            self.noise_range is None
+            or t < self.noise_range[0]
+            or t >= [*self.noise_range, math.inf][1]
+        ):
             return 0.0
         generator = torch.Generator().manual_seed(self.seed + t)
         while True:

@@ -15,8 +15,8 @@ from patchreg.utils.weights import load_weights
 class TimmBackbone(BaseModule):
     """Model of timm by name; nothing is downloaded.
 
-    Its output is the timm model's own: logits with `num_classes`, features without. timm is imported when
-    the model is built, not before.
+    Its output is the timm model's own: logits with `num_classes`, features without. timm is
+    imported when the model is built, not before.
 
     Args:
         model_name: Name known to `timm.create_model`, such as `regnety_160`.
@@ -45,10 +45,14 @@ class TimmBackbone(BaseModule):
         try:
             import timm
         except ImportError as error:
-            raise ConfigError(f"'{model_name}' needs timm, which is not installed: pip install timm") from error
+            raise ConfigError(
+                f"'{model_name}' needs timm, which is not installed: pip install timm"
+            ) from error
         if not timm.is_model(model_name):
             near = timm.list_models(f"*{model_name.split('_')[0]}*")[:5]
-            raise ConfigError(f"timm {timm.__version__} has no model '{model_name}'; similar names: {near}")
+            raise ConfigError(
+                f"timm {timm.__version__} has no model '{model_name}'; similar names: {near}"
+            )
         self.frozen = frozen
         self.model = timm.create_model(
             model_name, pretrained=False, num_classes=num_classes, **(model_kwargs or {})
@@ -57,7 +61,9 @@ class TimmBackbone(BaseModule):
             try:
                 self.model.load_state_dict(load_weights(checkpoint))
             except RuntimeError as error:
-                raise CheckpointError(f"'{checkpoint}' does not fit '{model_name}': {error}") from error
+                raise CheckpointError(
+                    f"'{checkpoint}' does not fit '{model_name}': {error}"
+                ) from error
         if frozen:
             self.requires_grad_(False)
             self.eval()

@@ -84,7 +84,8 @@ class VisionTransformerBackbone(BaseModule):
     Parameter names are those of timm and of the official DeiT, so state dicts fit without renaming.
 
     Source:
-        "Training data-efficient image transformers" (DeiT); the `deit_*_patch16_256` models of vtpack.
+        "Training data-efficient image transformers" (DeiT); the `deit_*_patch16_256` models of
+        vtpack.
 
     Args:
         arch: `tiny`, `small`, `base`, or a dict with `embed_dims`, `depth` and `num_heads`.
@@ -95,14 +96,16 @@ class VisionTransformerBackbone(BaseModule):
         qkv_bias: Bias in the qkv projections.
         cls_token: Put a class token in front of the grid.
         dist_token: Put a distillation token behind the class token.
-        drop_rate: Dropout after the position embedding, the projections and in the MLPs, in [0, 1); drawn by
-            each process on its own.
-        drop_path_rate: Probability of dropping a branch in the last block, rising linearly from 0, in [0, 1).
+        drop_rate: Dropout after the position embedding, the projections and in the MLPs, in [0, 1);
+            drawn by each process on its own.
+        drop_path_rate: Probability of dropping a branch in the last block, rising linearly from 0,
+            in [0, 1).
         norm_eps: Epsilon of the layer norms.
         init_cfg: Weights to load, as in MMEngine.
 
     Raises:
-        ConfigError: Unknown `arch`, a distillation token without a class token, or sizes that do not fit.
+        ConfigError: Unknown `arch`, a distillation token without a class token, or sizes that do
+            not fit.
     """
 
     def __init__(
@@ -127,7 +130,9 @@ class VisionTransformerBackbone(BaseModule):
                 f"{sorted(ARCHITECTURES)} or a dict with embed_dims, depth and num_heads"
             )
         if dist_token and not cls_token:
-            raise ConfigError("dist_token=True needs cls_token=True: distillation pairs the two tokens")
+            raise ConfigError(
+                "dist_token=True needs cls_token=True: distillation pairs the two tokens"
+            )
         sizes = ARCHITECTURES[arch] if isinstance(arch, str) else arch
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if any(side < patch_size or side % patch_size for side in size):
@@ -173,7 +178,7 @@ class VisionTransformerBackbone(BaseModule):
         )
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights: trunc_normal 0.02 for tokens, position embedding and Linear layers."""
+        """Draw fresh weights: trunc_normal 0.02 for tokens, position embedding and layers."""
         init_transformer(self)
         for name in ("cls_token", "dist_token", "pos_embed"):
             if hasattr(self, name):
@@ -226,7 +231,7 @@ class VisionTransformerBackbone(BaseModule):
         )
 
     def macs(self, grid: tuple[int, int]) -> float:
-        """Count the multiply-accumulates for one image: patch embedding, norms of the blocks, all products.
+        """Count the multiply-accumulates for one image: patch embedding and blocks.
 
         Args:
             grid: Rows and columns of the token grid.

@@ -33,7 +33,8 @@ class LinearHead(BaseModule):
         init_cfg: Weights to load, as in MMEngine.
 
     Raises:
-        ConfigError: Unknown `pool`, or `distilled` together with `pool='mean'` or `representation_size`.
+        ConfigError: Unknown `pool`, or `distilled` together with `pool='mean'` or
+            `representation_size`.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class LinearHead(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         if pool not in ("cls", "mean"):
-            raise ConfigError(f"pool={pool!r} is unknown; use 'cls' (class token) or 'mean' (all tokens)")
+            raise ConfigError(
+                f"pool={pool!r} is unknown; use 'cls' (class token) or 'mean' (all tokens)"
+            )
         if distilled and (pool != "cls" or representation_size):
             raise ConfigError(
                 "distilled=True reads the class and the distillation token: use pool='cls' and no "
-                f"representation_size (got pool={pool!r}, representation_size={representation_size})"
+                f"representation_size (got {pool!r} and {representation_size})"
             )
         self.pool = pool
         self.distilled = distilled
@@ -84,8 +87,8 @@ class LinearHead(BaseModule):
         needed = 1 + self.distilled
         if features.extra < needed:
             raise ConfigError(
-                f"the head reads {needed} extra token(s) but the backbone has {features.extra}; set "
-                "cls_token/dist_token of the backbone, or pool='mean'"
+                f"the head reads {needed} extra token(s) but the backbone has {features.extra}; "
+                "set cls_token/dist_token of the backbone, or pool='mean'"
             )
         logits = self.head(self.pre_logits(features.tokens[:, 0]))
         if not self.distilled:
@@ -104,7 +107,11 @@ class LinearHead(BaseModule):
             targets [B, K] or [B].
         """
         logits = self(features)
-        return {"loss_cls": self.loss_module(logits[0] if isinstance(logits, tuple) else logits, targets)}
+        return {
+            "loss_cls": self.loss_module(
+                logits[0] if isinstance(logits, tuple) else logits, targets
+            )
+        }
 
     def macs(self) -> float:
         """Count the multiply-accumulates of the classifiers for one image."""
