@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.logging import print_log
 
 from patchreg.utils.errors import ConfigError, DataError
-from patchreg.utils.random import mix_seed, sample_random
+from patchreg.utils.random import kept_generators, mix_seed, seed_sample
 
 BAD_SAMPLES = ("error", "skip")
 
@@ -42,12 +42,25 @@ class KeyedDataset:
         return getattr(self.dataset, name)
 
     def __getitem__(self, index: int) -> Any:
+        with kept_generators():
+            return self._read(index)
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """Read a batch; a loader calls it, so that the generators are saved once per batch.
+
+        Args:
+            indices: Indices of the batch.
+        """
+        with kept_generators():
+            return [self._read(index) for index in indices]
+
+    def _read(self, index: int) -> Any:
         epoch, view = getattr(index, "epoch", 0), getattr(index, "view", 0)
         position = int(index)
         for attempt in range(10):
+            seed_sample(self.seed, epoch, position, view)
             try:
-                with sample_random(self.seed, epoch, position, view):
-                    return self.dataset[position]
+                return self.dataset[position]
             except DataError as error:
                 if self.bad_samples == "error":
                     raise

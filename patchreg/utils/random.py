@@ -47,11 +47,8 @@ def seed_all(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
-@contextmanager
-def sample_random(seed: int, epoch: int, index: int, view: int = 0) -> Iterator[None]:
-    """Seed the CPU generators for the augmentation of one sample and restore them afterwards.
-
-    In a loader worker nothing else draws, so the states are not saved there.
+def seed_sample(seed: int, epoch: int, index: int, view: int = 0) -> None:
+    """Seed the CPU generators for the augmentation of one sample.
 
     Args:
         seed: Seed of the run.
@@ -59,20 +56,25 @@ def sample_random(seed: int, epoch: int, index: int, view: int = 0) -> Iterator[
         index: Index of the sample in its data set.
         view: Which view or repetition of the sample within the epoch, from 0.
     """
-    in_worker = torch.utils.data.get_worker_info() is not None
-    if not in_worker:
-        saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
     key = mix_seed(seed, epoch, index, view)
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
     torch.default_generator.manual_seed(key)
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Restore the CPU generators at the end; in a loader worker nothing else draws, so nothing is saved there."""
+    if torch.utils.data.get_worker_info() is not None:
+        yield
+        return
+    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
-        if not in_worker:
-            random.setstate(saved[0])
-            np.random.set_state(saved[1])
-            torch.set_rng_state(saved[2])
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])
+        torch.set_rng_state(saved[2])
 
 
 class BatchRandom:

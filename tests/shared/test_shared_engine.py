@@ -21,7 +21,7 @@ from patchreg.runner import run as engine
 from patchreg.runner.build import build_runner, latest_checkpoint, load_config
 from patchreg.runner.checkpoint import load_state
 from patchreg.utils.errors import CheckpointError, ConfigError, DataError
-from patchreg.utils.random import BatchRandom, mix_seed, sample_random
+from patchreg.utils.random import BatchRandom, kept_generators, mix_seed, seed_sample
 from patchreg.utils.weights import load_file, load_weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -206,11 +206,13 @@ def test_sample_keys_restore_the_global_generators() -> None:
     expected = torch.rand(1), np.random.rand()
     torch.manual_seed(1)
     np.random.seed(1)
-    with sample_random(0, 0, 0):
+    with kept_generators():
+        seed_sample(0, 0, 0)
         first = torch.rand(2), np.random.rand()
     assert torch.equal(torch.rand(1), expected[0])
     assert np.random.rand() == expected[1]
-    with sample_random(0, 0, 0):
+    with kept_generators():
+        seed_sample(0, 0, 0)
         assert torch.equal(torch.rand(2), first[0])
         assert np.random.rand() == first[1]
     seen = {mix_seed(0, epoch, index, view) for epoch in range(9) for index in range(9) for view in range(9)}
@@ -236,6 +238,7 @@ def test_keyed_dataset_draws_by_epoch_and_view_and_handles_broken_samples() -> N
     draws = {data[SampleIndex(2, epoch, view)] for epoch in range(3) for view in range(3)}
     assert len(draws) == 9
     assert data[SampleIndex(2, 1, 1)] == data[SampleIndex(2, 1, 1)]
+    assert data.__getitems__([SampleIndex(2, 1, 1)]) == [data[SampleIndex(2, 1, 1)]]
     assert data.metainfo == dict(classes=("one",))
     with pytest.raises(DataError, match=r"three\.jpg"):
         data[3]
