@@ -50,6 +50,40 @@ def check_grid(
     return -(-grid[0] // region), -(-grid[1] // region)
 
 
+def draw_drop_path(
+    batch: int,
+    depth: int,
+    grid: tuple[int, int],
+    extra: int,
+    splits: tuple[int, ...],
+    path: str,
+    mode: str,
+    device: torch.device,
+) -> Sequence[Tensor]:
+    """Draw for the drop path of blocks on one token grid.
+
+    A draw belongs to (image, query number within the image), so it does not depend on the packing.
+
+    Args:
+        batch: Images B.
+        depth: Number of blocks.
+        grid: Token grid (H, W).
+        extra: Number of extra tokens E.
+        splits: Queries per region side of each candidate.
+        path: `dense` or `sparse`.
+        mode: `query` or `sample`.
+        device: Where the draws are used.
+
+    Shape:
+        Returns for each block [B, 2] (`sample`) or [B, 2, most queries of an image] (`query`).
+    """
+    shape: tuple[int, ...] = (depth, 2)
+    if mode == "query":
+        steps = [max(splits) // split for split in splits] if path == "dense" else [1]
+        shape += (extra + sum(-(-grid[0] // step) * -(-grid[1] // step) for step in steps),)
+    return batch_random.uniform(batch, shape, device).unbind(1)
+
+
 @MODELS.register_module()
 class DGEVisionTransformerBackbone(VisionTransformerBackbone):
     """DeiT encoder in which every block queries each region at a granularity of its own choice.
@@ -155,15 +189,34 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
             C] ([B, E, C] in evaluation with `skip_last_queries`).
 
         Raises:
-            DataError: The region does not divide the token grid.
+            DataError: The region does not divide the token grid, or the noise does not fit.
         """
         x, grid = self.embed(images)
         patch = self.patch_embed.patch_size
         regions = check_grid(grid, max(self.splits), self.region_padding, patch)
-        noises, uniforms = self._draw(x, grid, regions, noise)
+        if noise is not None and len(noise) != self.depth:
+            raise DataError(
+                f"noise has {len(noise)} entries; expected one for each of {self.depth} blocks"
+            )
         path = self.eval_path
+        noises: Sequence[Tensor | None] = [None] * self.depth if noise is None else noise
+        uniforms: Sequence[Tensor | None] = [None] * self.depth
         if self.training:
             path = "sparse" if self.sparse_train else "dense"
+            if noise is None:
+                shape = (self.depth, *regions, len(self.splits))
+                noises = batch_random.gumbel(len(x), shape, x.device).unbind(1)
+            if self.drop_path_rate:
+                uniforms = draw_drop_path(
+                    len(x),
+                    self.depth,
+                    grid,
+                    self.extra,
+                    self.splits,
+                    path,
+                    self.drop_path_mode,
+                    x.device,
+                )
         routing = Routing(constants=self.embedding_macs(grid))
         kept = []
         for index, block in enumerate(self.blocks):
@@ -182,39 +235,6 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
             dense_macs=routing.static("corrected"),
             routing=routing,
         )
-
-    def _draw(
-        self,
-        x: Tensor,
-        grid: tuple[int, int],
-        regions: tuple[int, int],
-        noise: Sequence[Tensor] | None,
-    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-        """Make all draws of a pass: router noise, then drop path."""
-        nothing: list[Tensor | None] = [None] * self.depth
-        if noise is not None and len(noise) != self.depth:
-            raise DataError(
-                f"noise has {len(noise)} entries; expected one for each of {self.depth} blocks"
-            )
-        noises: Sequence[Tensor | None] = nothing if noise is None else noise
-        if not self.training:
-            return noises, nothing
-        if noise is None:
-            shape = (self.depth, *regions, len(self.splits))
-            noises = batch_random.gumbel(len(x), shape, x.device).unbind(1)
-        if not self.drop_path_rate:
-            return noises, nothing
-        if self.drop_path_mode == "sample":
-            return noises, batch_random.uniform(len(x), (self.depth, 2), x.device).unbind(1)
-        # A draw belongs to (image, query number), so it does not depend on how queries are packed.
-        count = x.shape[1]
-        if not self.sparse_train:
-            count = self.extra + sum(
-                -(-grid[0] // (max(self.splits) // split))
-                * -(-grid[1] // (max(self.splits) // split))
-                for split in self.splits
-            )
-        return noises, batch_random.uniform(len(x), (self.depth, 2, count), x.device).unbind(1)
 
     def embedding_macs(self, grid: tuple[int, int]) -> dict[str, float]:
         """Count the patch embedding for one image, in both accountings.
