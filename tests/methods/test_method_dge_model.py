@@ -699,6 +699,7 @@ def test_grid_that_the_region_does_not_divide_names_sizes_that_work():
         (dict(img_size=60), "img_size=60 is no multiple of patch_size=8"),
         (dict(cls_token=False, dist_token=True), "needs cls_token=True"),
         (dict(cls_token=False, skip_last_queries=True), "needs a class token"),
+        (dict(depth=1, skip_last_queries=True), "and two blocks"),
         (dict(skip_last_queries=True, head_pool="mean"), "use a head with pool='cls'"),
         (dict(head_pool="max"), "pool='max' is unknown"),
         (dict(head_distilled=True, head_pool="mean"), "distilled=True reads"),

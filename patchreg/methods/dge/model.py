@@ -141,9 +141,10 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
         self.drop_path_mode = drop_path_mode
         self.region_padding = region_padding
         super().__init__(arch=arch, img_size=img_size, init_cfg=init_cfg, **kwargs)
-        if skip_last_queries and not self.extra:
+        if skip_last_queries and (not self.extra or self.depth < 2):
             raise ConfigError(
-                "skip_last_queries=True needs a class token: without one every token is read"
+                "skip_last_queries=True needs a class token (without one every token is read) and "
+                "two blocks (with one nothing would be routed)"
             )
 
     def build_block(self, drop_path_rate: float) -> nn.Module:
