@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,17 @@ def begin_step(runner: Any, iteration: int) -> None:
         rank=rank,
         world=world,
     )
+
+
+@contextmanager
+def keyed_loop() -> Iterator[None]:
+    """Return to the global generators at the end, also when the loop is left by an error."""
+    batch_random.in_loop = True
+    try:
+        yield
+    finally:
+        batch_random.in_loop = False
+        batch_random.end()
 
 
 def skip_batches(loader: DataLoader, batches: int) -> None:
@@ -85,8 +97,9 @@ class EpochLoop(EpochBasedTrainLoop):
         set_epoch(self.dataloader, self._epoch)
         done = self._iter - self._epoch * len(self.dataloader)
         skip_batches(self.dataloader, done)
-        for index, batch in enumerate(self.dataloader, done):
-            self.run_iter(index, batch)
+        with keyed_loop():
+            for index, batch in enumerate(self.dataloader, done):
+                self.run_iter(index, batch)
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1
 
@@ -99,7 +112,6 @@ class EpochLoop(EpochBasedTrainLoop):
         """
         begin_step(self.runner, self._iter)
         super().run_iter(idx, data_batch)
-        batch_random.end()
 
 
 @LOOPS.register_module()
@@ -124,7 +136,8 @@ class IterLoop(IterBasedTrainLoop):
         batches = self._batches()
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()
-            self.run_iter(next(batches))
+            with keyed_loop():
+                self.run_iter(next(batches))
             self._decide_current_val_interval()
             if (
                 self.runner.val_loop is not None
@@ -153,4 +166,3 @@ class IterLoop(IterBasedTrainLoop):
         """
         begin_step(self.runner, self._iter)
         super().run_iter(data_batch)
-        batch_random.end()

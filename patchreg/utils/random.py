@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
+_samples_generator = np.random.MT19937(0)
 
 
 def mix_seed(*parts: int) -> int:
@@ -64,16 +65,22 @@ def seed_sample(seed: int, epoch: int, index: int, view: int = 0) -> None:
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Restore the CPU generators at the end; in a loader worker nothing else draws, so nothing is saved there."""
-    if torch.utils.data.get_worker_info() is not None:
+    """Restore the CPU generators at the end.
+
+    Nothing is saved in a loader worker, where nothing else draws, and inside a training loop, which seeds them
+    anew before every step.
+    """
+    if batch_random.in_loop or torch.utils.data.get_worker_info() is not None:
         yield
         return
-    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    saved = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
+    # NumPy's state is dear to copy, so its generator is exchanged for one of our own.
+    np.random.set_bit_generator(_samples_generator)
     try:
         yield
     finally:
         random.setstate(saved[0])
-        np.random.set_state(saved[1])
+        np.random.set_bit_generator(saved[1])
         torch.set_rng_state(saved[2])
 
 
@@ -81,11 +88,12 @@ class BatchRandom:
     """Draws for the global batch of one optimisation step.
 
     A training loop calls `begin` before every forward; without it (plain Python use) draws come from
-    torch's global generator.
+    torch's global generator. `in_loop` says that a training loop is running.
     """
 
     def __init__(self) -> None:
         self._key: tuple[int, int] | None = None
+        self.in_loop = False
         self._draws = 0
         self._part = 0
         self._parts = 1

@@ -1,0 +1,102 @@
+"""From images, a config and a checkpoint to a picture."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, default_collate
+from mmengine.registry import init_default_scope
+
+from patchreg.runner.build import EngineRunner, config_errors, load_config
+from patchreg.runner.compare import load_model
+from patchreg.utils.draw import draw_selection
+from patchreg.utils.errors import ConfigError, DataError, MissingFileError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
+
+
+def draw_granularity(source: str, path: str, checkpoint: str, out: str, count: int = 8) -> None:
+    """Draw how finely each region of some images is looked at.
+
+    Args:
+        source: Image file, folder of images, or `test` for the config's test set.
+        path: Config file.
+        checkpoint: Checkpoint, or folder of a run for its newest one.
+        out: Picture to write.
+        count: How many images at most.
+
+    Raises:
+        UserError: An input is missing or cannot be read.
+    """
+    if count < 1:
+        raise ConfigError(f"--count {count}: expected at least 1")
+    if Path(out).suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
+        raise ConfigError(f"--out '{out}': expected a file ending in .png, .pdf, .svg or .jpg")
+    config = load_config(path)
+    model = load_model(config, checkpoint)
+    samples = read_samples(source, config, count)
+    batch = default_collate(samples)
+    images = batch["inputs"].permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    with torch.inference_mode():
+        data = model.data_preprocessor(copy.deepcopy(batch), False)
+        selection = model.select(data["inputs"]).to("cpu")
+        predicted = model(data["inputs"]).argmax(1).tolist()
+    classes = model_classes(config)
+    titles = [classes[label] if label < len(classes) else str(label) for label in predicted]
+    draw_selection(images, selection, out, titles)
+
+
+def read_samples(source: str, config: Config, count: int) -> list[Any]:
+    """Read images the way the test pipeline of a config does.
+
+    Args:
+        source: Image file, folder of images, or `test` for the config's test set.
+        config: Config whose test pipeline is used.
+        count: How many images at most.
+
+    Raises:
+        MissingFileError: The file or folder does not exist.
+        DataError: The folder holds no image.
+    """
+    if source == "test":
+        with config_errors("the test data cannot be read"):
+            dataset = EngineRunner.build_dataloader(config.test_dataloader, seed=0).dataset
+        step = max(1, len(dataset) // count)
+        return [dataset[index * step] for index in range(min(count, len(dataset)))]
+    place = Path(source)
+    if not place.exists():
+        raise MissingFileError(f"image '{source}' does not exist; give a file, a folder of images, or 'test'")
+    files = [place]
+    if place.is_dir():
+        files = sorted(item for item in place.rglob("*") if item.suffix.lower() in SUFFIXES)[:count]
+        if not files:
+            raise DataError(f"folder '{source}' holds no image ({', '.join(sorted(SUFFIXES))})")
+    init_default_scope(config.get("default_scope", "patchreg"))
+    steps = [dict(item) for item in config.test_dataloader.dataset.pipeline]
+    if not any(step["type"] == "LoadImage" for step in steps):
+        # Data sets that live in memory have no loading step; their images have the model's size.
+        steps.insert(0, dict(type="LoadImage"))
+        size = config.model.backbone.get("img_size", 224)
+        steps.insert(1, dict(type="mmpretrain.Resize", scale=(size, size), backend="pillow"))
+    pipeline = Compose(steps)
+    return [pipeline(dict(img_path=str(file), img_prefix=None)) for file in files]
+
+
+def model_classes(config: Config) -> list[str]:
+    """Return the class names of the test set, or an empty list when it does not tell.
+
+    Args:
+        config: Config with a test set.
+    """
+    from patchreg.registry import DATASETS
+
+    try:
+        dataset = DATASETS.build(config.test_dataloader.dataset)
+    except (DataError, MissingFileError):
+        return []
+    return list(getattr(dataset, "metainfo", {}).get("classes", ()))
