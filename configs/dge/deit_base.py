@@ -15,7 +15,7 @@ _base_ = [
 model = dict(backbone=dict(arch="base"), head=dict(in_channels=768))
 param_scheduler = dict(warmup_epochs=20)
 val_evaluator = [
-    dict(type="mmpretrain.Accuracy", topk=(1, 5)),
+    dict(type="mmpretrain.Accuracy", topk=(1, 5), thrs=None),
     dict(type="CostMetric"),
     dict(type="DGEGranularityMetric", splits=[4, 2, 1]),
 ]

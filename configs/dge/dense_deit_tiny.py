@@ -24,5 +24,5 @@ model = dict(
     ),
     head=dict(type="LinearHead", num_classes=1000, in_channels=192),
 )
-val_evaluator = [dict(type="mmpretrain.Accuracy", topk=(1, 5)), dict(type="CostMetric")]
+val_evaluator = [dict(type="mmpretrain.Accuracy", topk=(1, 5), thrs=None), dict(type="CostMetric")]
 test_evaluator = val_evaluator

@@ -30,5 +30,5 @@ model = dict(
     ),
 )
 custom_hooks = [dict(type="ProgressHook")]
-val_evaluator = [dict(type="mmpretrain.Accuracy", topk=(1, 5)), dict(type="CostMetric")]
+val_evaluator = [dict(type="mmpretrain.Accuracy", topk=(1, 5), thrs=None), dict(type="CostMetric")]
 test_evaluator = val_evaluator

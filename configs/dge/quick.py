@@ -27,7 +27,7 @@ model = dict(
 )
 custom_hooks = [dict(type="ProgressHook")]
 val_evaluator = [
-    dict(type="mmpretrain.Accuracy", topk=(1, 5)),
+    dict(type="mmpretrain.Accuracy", topk=(1, 5), thrs=None),
     dict(type="CostMetric"),
     dict(type="DGEGranularityMetric", splits=[2, 1], per_block=False),
 ]

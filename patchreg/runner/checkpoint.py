@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,9 @@ def plain_message_hub(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Replace NumPy scalars and arrays, at any depth, by Python values and tensors.
+    """Replace NumPy scalars and arrays, at any depth, by Python values and tensors, and leave out functions.
+
+    MMEngine's one-cycle schedule counts a bound method as its state.
 
     Args:
         value: Part of a checkpoint.
@@ -51,7 +54,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
     if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
+        return {
+            plain(key): plain(item)
+            for key, item in value.items()
+            if not isinstance(item, (FunctionType, MethodType))
+        }
     if type(value) in (list, tuple):
         return type(value)(plain(item) for item in value)
     return value
