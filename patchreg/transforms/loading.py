@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from patchreg.registry import TRANSFORMS
 from patchreg.utils.errors import DataError, MissingFileError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def to_rgb8(image: Image.Image) -> Image.Image:
@@ -23,6 +25,8 @@ def to_rgb8(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: The pixels are floating-point numbers, whose range nobody knows.
     """
+    from PIL import Image
+
     if image.mode == "RGB":
         return image
     if image.mode == "F":
@@ -85,6 +89,8 @@ class LoadImage:
         Shape:
             Returns [H, W, 3] uint8 RGB.
         """
+        from PIL import Image
+
         try:
             with Image.open(path) as image:
                 width, height = image.size
@@ -111,6 +117,8 @@ class LoadImage:
     def _turn(self, image: Image.Image) -> Image.Image:
         if not self.apply_orientation:
             return image
+        from PIL import ImageOps
+
         try:
             return ImageOps.exif_transpose(image)
         except Exception:

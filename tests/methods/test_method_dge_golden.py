@@ -62,8 +62,15 @@ def test_evaluation(golden, dtype, path):
         assert torch.equal(plan.rows, golden[f"{name}/patches"])
         assert torch.equal(plan.lengths, golden[f"{name}/batch_lengths"])
         assert torch.equal(record.queries, golden[f"{name}/batch_lengths"].double())
-    dynamic, static = model.cost(features)
+    dynamic = features.routing.dynamic("upstream")
+    executed, static = model.cost(features)
     assert [static, float(dynamic.mean())] == golden["eval/complexity"].tolist()
+    if path == "sparse":
+        assert torch.equal(executed, dynamic)
+    else:
+        # All candidates are computed: 1 + 4 * (16 + 4 + 1) queries instead of 65 of the dense twin.
+        per_query = sum(block.cost.per_query("upstream") for block in features.routing.blocks)
+        assert torch.allclose(executed, torch.full_like(executed, static + 20 * per_query), rtol=1e-12)
 
 
 @DTYPES

@@ -314,7 +314,9 @@ class DGEBlock(nn.Module):
         update = self._update(pooled, normed, keys, uniform=uniform)
         out = decompress_dense(update, gate.to(update.dtype), splits, *grid, extra, reference=x)
         queries = extra + (gate.double() * query_table(grid, splits, x.device)).sum((1, 2, 3))
-        return out, self._record(x, grid, queries, choice, logits)
+        record = self._record(x, grid, queries, choice, logits)
+        record.computed = pooled.shape[1]
+        return out, record
 
     def _forward_sparse(
         self,

@@ -134,6 +134,8 @@ class BlockRouting:
         logits: Router output, or None.
         grid: Token grid (H, W) of the block.
         splits: Queries per region side of the candidates.
+        computed: Queries of every image that were really computed, where that is not `queries`: the
+            dense path computes all candidates.
 
     Shape:
         queries [B] float64; choice [B, Hr, Wr] int64; logits [B, Hr, Wr, S].
@@ -146,6 +148,7 @@ class BlockRouting:
     logits: Tensor | None
     grid: tuple[int, int]
     splits: tuple[int, ...]
+    computed: int | None = None
 
 
 @dataclass(eq=False)
@@ -188,6 +191,24 @@ class Routing:
         slopes = tuple(block.cost.per_query(accounting) for block in self.blocks)
         queries = torch.stack([block.queries for block in self.blocks], dim=1)
         return fixed + queries @ _constants(slopes, queries.device)
+
+    def executed(self, accounting: str) -> Tensor:
+        """Return the cost of what was really computed for every image.
+
+        The same as `dynamic` on the sparse path; more than the dense twin on the dense path.
+
+        Args:
+            accounting: `upstream` or `corrected`.
+
+        Shape:
+            Returns [B] float64.
+        """
+        macs = self.dynamic(accounting).detach()
+        for block in self.blocks:
+            if block.computed is not None:
+                surplus = block.computed - block.queries.detach()
+                macs = macs + surplus * block.cost.per_query(accounting)
+        return macs
 
     def static(self, accounting: str) -> float:
         """Return the cost of the model when every token is a query.

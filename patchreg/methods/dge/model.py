@@ -232,7 +232,7 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
             grid=grid,
             extra=self.extra,
             blocks=tuple(kept),
-            macs=None if self.training else routing.dynamic("corrected"),
+            macs=None if self.training else routing.executed("corrected"),
             dense_macs=routing.static("corrected"),
             routing=routing,
         )
@@ -409,7 +409,7 @@ class DGEClassifier(PatchClassifier):
         if features.routing is None:
             return super().cost(features)
         routing = features.routing
-        return routing.dynamic(self.accounting).detach(), routing.static(self.accounting)
+        return routing.executed(self.accounting), routing.static(self.accounting)
 
     def fill(self, data_samples: list[Any], features: TokenFeatures) -> None:
         """Write how the regions of each image are spread over the granularities into the samples.
