@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +35,22 @@ def maker_of(path: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def load_file(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+def load_file(
+    path: str | os.PathLike[str], map_location: Any = "cpu", allowed: Sequence[type] = ()
+) -> dict[str, Any]:
     """Read a checkpoint file without running any code from it.
 
-    `.safetensors` files are read as such; everything else goes through torch's weights-only unpickler.
+    `.safetensors` files are read as such; everything else goes through torch's weights-only
+    unpickler.
 
     Args:
         path: File to read.
         map_location: Where tensors go, as in `torch.load`.
+        allowed: Classes of plain values that the file may hold too, such as `argparse.Namespace`.
 
     Raises:
-        MissingFileError: The file does not exist; names the config that makes it when the path tells.
+        MissingFileError: The file does not exist; names the config that makes it when the path
+            tells.
         CheckpointError: The file is damaged, is no checkpoint, or holds pickled objects.
     """
     path = os.fspath(path)
@@ -63,29 +71,40 @@ def load_file(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[s
                 "fetch or save it again"
             ) from error
     try:
-        loaded = torch.load(path, map_location=map_location, weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)):
+            loaded = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n", 1)[0]
         if "Unsupported" in reason or "WeightsUnpickler" in str(error) or "GLOBAL" in str(error):
+            name = re.search(r"GLOBAL (\S+)", str(error))
             raise CheckpointError(
-                f"'{path}' is a pickle that holds more than tensors and plain values, and is not loaded "
-                "because unpickling can run code; convert it on a machine that trusts it (save only its "
-                "state dict), or use tools/convert.py for the layouts it knows"
+                f"'{path}' is a pickle that holds more than tensors and plain values"
+                + (f" ({name[1]})" if name else "")
+                + ", and is not loaded because unpickling can run code; save only its state dict on "
+                "a machine that trusts it, or use tools/convert.py for the layouts it knows"
             ) from error
         raise CheckpointError(
             f"'{path}' is not a checkpoint or is damaged ({reason}); expected a file written by "
             "torch.save or a .safetensors file"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).split("\n", 1)[0]
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        struct.error,
+    ) as error:
+        reason = str(error).split("\n", 1)[0] or "it ends too early"
         raise CheckpointError(
-            f"'{path}' cannot be read as a checkpoint ({reason}); it is truncated or was not written by "
-            "torch.save: fetch or save it again"
+            f"'{path}' cannot be read as a checkpoint ({reason}); it is truncated or was not "
+            "written by torch.save: fetch or save it again"
         ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(
-            f"'{path}' holds a {type(loaded).__name__}; expected a dict of tensors or a checkpoint dict "
-            "with the key 'state_dict' or 'model'"
+            f"'{path}' holds a {type(loaded).__name__}; expected a dict of tensors or a checkpoint "
+            "dict with the key 'state_dict' or 'model'"
         )
     return loaded
 
@@ -105,7 +124,9 @@ def load_weights(path: str | os.PathLike[str], map_location: Any = "cpu") -> dic
 
 
 def state_dict_of(loaded: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Take the flat state dict out of a loaded file; a `module.` prefix of data parallel is removed.
+    """Take the flat state dict out of a loaded file.
+
+    A `module.` prefix of data parallel is removed.
 
     Args:
         loaded: What `load_file` returned.
@@ -123,8 +144,8 @@ def state_dict_of(loaded: dict[str, Any], path: str | os.PathLike[str]) -> dict[
     if not tensors:
         keys = ", ".join(repr(key) for key in list(loaded)[:6])
         raise CheckpointError(
-            f"'{os.fspath(path)}' holds no weights (its keys: {keys}); expected a state dict, alone or under "
-            "one of " + ", ".join(repr(key) for key in _CONTAINERS)
+            f"'{os.fspath(path)}' holds no weights (its keys: {keys}); expected a state dict, "
+            "alone or under one of " + ", ".join(repr(key) for key in _CONTAINERS)
         )
     if all(key.startswith("module.") for key in tensors):
         tensors = {key[len("module.") :]: value for key, value in tensors.items()}
