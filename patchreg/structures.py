@@ -81,6 +81,13 @@ class PatchSelection:
         Raises:
             ValueError: A field has the wrong shape, type or range.
         """
+        if keep.dtype != torch.bool:
+            raise ValueError(f"keep has type {keep.dtype}; expected torch.bool")
+        if score.ndim != 2 or score.shape[1] != grid[0] * grid[1] or keep.shape != score.shape:
+            raise ValueError(
+                f"grid {grid} has {grid[0] * grid[1]} cells, score has shape {tuple(score.shape)}, keep "
+                f"{tuple(keep.shape)}; expected [B, {grid[0] * grid[1]}] for both"
+            )
         if order is None:
             # Cells that are not kept sort behind all others and become -1.
             rank = torch.where(keep, score.double(), torch.full_like(score, -torch.inf).double())
@@ -157,14 +164,17 @@ class PatchSelection:
             if all(tensor is None for tensor in tensors):
                 return None
             if any(tensor is None for tensor in tensors):
-                raise ValueError(f"'{name}' is set in some of the selections only; set it in all or none")
+                raise ValueError(
+                    f"'{name}' is set in some of the selections only; set it in all or none"
+                )
             ragged = name in ("order", "boxes") or first.grid is None
             if ragged and tensors[0].ndim > 1:
                 tensors = [_pad_columns(tensor, width) for tensor in tensors]
             return torch.cat(tensors)
 
         names = ("score", "keep", "resolution", "order", "boxes", "log_prob", "macs")
-        return dataclasses.replace(first, **{name: joined(name) for name in names})
+        fields: dict[str, Any] = {name: joined(name) for name in names}
+        return dataclasses.replace(first, **fields)
 
     def validate(self) -> None:
         """Check shapes, types and ranges of all fields against the table of the vocabulary.
@@ -174,7 +184,9 @@ class PatchSelection:
         """
         height, width = self.image_size
         if height < 1 or width < 1:
-            raise ValueError(f"image_size {self.image_size}: expected (height, width) in px, both > 0")
+            raise ValueError(
+                f"image_size {self.image_size}: expected (height, width) in px, both > 0"
+            )
         if self.score.ndim != 2:
             raise ValueError(f"score has shape {tuple(self.score.shape)}; expected [B, P]")
         images, cells = self.score.shape
@@ -186,7 +198,9 @@ class PatchSelection:
             )
         looked = self.order.shape[1]
         if self.grid is None and cells != looked:
-            raise ValueError(f"free boxes: score has {cells} columns, order has {looked}; expected equal")
+            raise ValueError(
+                f"free boxes: score has {cells} columns, order has {looked}; expected equal"
+            )
         shapes = {
             "keep": (images, cells),
             "resolution": (images, cells),
@@ -205,7 +219,9 @@ class PatchSelection:
                 raise ValueError(f"{name} has type {value.dtype}; expected {dtype}")
         for name in ("score", "resolution", "boxes"):
             if not getattr(self, name).is_floating_point():
-                raise ValueError(f"{name} has type {getattr(self, name).dtype}; expected a floating type")
+                raise ValueError(
+                    f"{name} has type {getattr(self, name).dtype}; expected a floating type"
+                )
         if images == 0:
             return
         if not bool(torch.isfinite(self.score).all()):

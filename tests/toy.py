@@ -37,7 +37,9 @@ class ToyDataset:
 class ToyClassifier(BaseModel):
     """A linear classifier with keyed and unkeyed noise on its logits."""
 
-    def __init__(self, width: int = 8, noise: float = 0.1, init_cfg: dict | None = None, data_preprocessor=None):
+    def __init__(
+        self, width: int = 8, noise: float = 0.1, init_cfg: dict | None = None, data_preprocessor=None
+    ):
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
         self.fc = nn.Linear(width, 2)
         self.drop = nn.Dropout(0.1)

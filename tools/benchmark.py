@@ -15,7 +15,9 @@ from patchreg.utils.errors import ConfigError, run_tool
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Run a benchmark and print a table of its figures.")
+    parser = argparse.ArgumentParser(
+        description="Run a benchmark and print a table of its figures."
+    )
     parser.add_argument("name", help=f"one of: {', '.join(benchmarks.names())}")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", help="file for the figures")
@@ -31,7 +33,8 @@ def main() -> int:
     print(f"{'':{width}s}       value   baseline    ratio     goal")
     for row in rows:
         cells = [
-            "" if row[key] is None else f"{row[key]:.3f}" for key in ("value", "baseline", "ratio", "goal")
+            "" if row[key] is None else f"{row[key]:.3f}"
+            for key in ("value", "baseline", "ratio", "goal")
         ]
         state = {True: "met", False: "MISSED", None: ""}[row["ok"]]
         print(
@@ -39,7 +42,9 @@ def main() -> int:
             f"{row['unit']}  {state}".rstrip()
         )
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
-    print(f"{arguments.device} {where}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"{arguments.device} {where}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
     if arguments.json:
         partial = Path(arguments.json).with_suffix(".partial")
         partial.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,9 @@ from patchreg.utils.errors import ConfigError, run_tool
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare trained models: accuracy, cost and speed.")
+    parser = argparse.ArgumentParser(
+        description="Compare trained models: accuracy, cost and speed."
+    )
     parser.add_argument(
         "--run",
         action="append",
@@ -27,14 +29,18 @@ def parse_arguments() -> argparse.Namespace:
         help="one row of the table; repeat for each model",
     )
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per timed batch (default 128)")
+    parser.add_argument(
+        "--batch-size", type=int, default=128, help="images per timed batch (default 128)"
+    )
     parser.add_argument("--out", default="work_dirs/compare", help="folder of comparison.csv")
     return parser.parse_args()
 
 
 def entry_of(words: list[str]) -> Entry:
     if len(words) < 3:
-        raise ConfigError(f"--run {' '.join(words)}: expected LABEL CONFIG CHECKPOINT [KEY=VALUE ...]")
+        raise ConfigError(
+            f"--run {' '.join(words)}: expected LABEL CONFIG CHECKPOINT [KEY=VALUE ...]"
+        )
     options = {}
     for word in words[3:]:
         key, equals, value = word.partition("=")

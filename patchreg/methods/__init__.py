@@ -1,0 +1,1 @@
+"""One folder per method; `patchreg.registry` imports every one of them."""

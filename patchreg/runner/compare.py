@@ -1,4 +1,4 @@
-"""Several trained models on the same test images and the same machine: accuracy, cost and speed in one table."""
+"""Several trained models on the same images and machine: accuracy, cost and speed in one table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import init_default_scope
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchreg.registry import MODELS
 from patchreg.runner.build import EngineRunner, config_errors, load_config, resolve_checkpoint
@@ -68,7 +68,7 @@ class Row:
     same_predictions: int | None = None
 
 
-def load_model(config: Config, checkpoint: str) -> nn.Module:
+def load_model(config: Config, checkpoint: str) -> Any:
     """Build the model of a config for evaluation and load its weights.
 
     Args:
@@ -150,20 +150,23 @@ def compare(
             speed=statistics.median(a / b for a, b in zip(times[0][1], times[index][1])),
         )
         for earlier in range(index):
-            same = resolve_checkpoint(entries[earlier].checkpoint) == resolve_checkpoint(entry.checkpoint)
+            same = resolve_checkpoint(entries[earlier].checkpoint) == resolve_checkpoint(
+                entry.checkpoint
+            )
             if same and entries[earlier].config == entry.config:
                 row.same_as = entries[earlier].label
                 row.same_predictions = int((torch.cat(predictions[earlier]) == predicted).sum())
         rows.append(row)
     how = (
-        f"{len(truth)} test images; speed: {rounds} rounds over one batch of {times[0][0]} images, models in turn, "
+        f"{len(truth)} test images; speed: {rounds} rounds over one batch of {times[0][0]} images, "
+        f"models in turn, "
         f"{get_device()}, {torch.get_num_threads()} threads, float32, torch {torch.__version__}"
     )
     return rows, how
 
 
 def _time(
-    models: Sequence[nn.Module], batch: Any, rounds: int, batch_size: int
+    models: Sequence[Any], batch: Any, rounds: int, batch_size: int
 ) -> list[tuple[int, list[float]]]:
     """Time the models in turn on one preprocessed batch; return (images, seconds per round) of each."""
     inputs = []

@@ -55,7 +55,9 @@ def describe(config: Config) -> str:
     if config.get("load_from"):
         lines.append(f"weights   {config.load_from}")
     if "stages" in config:
-        lines += ["", "STAGES"] + [f"  {number}  {leaf}" for number, leaf in enumerate(config.stages)]
+        lines += ["", "STAGES"] + [
+            f"  {number}  {leaf}" for number, leaf in enumerate(config.stages)
+        ]
         return "\n".join(lines)
     for title, keys, kind in (
         ("TRAINING DATA", ("train_dataloader",), registry.DATASETS),
@@ -74,7 +76,9 @@ def describe(config: Config) -> str:
                 rows += _rows(key, with_type(key, config[key]), kind, 1)
         if not rows:
             continue
-        if title.startswith("TEST") and config.get(keys[0]) == config.get(keys[0].replace("test", "val")):
+        if title.startswith("TEST") and config.get(keys[0]) == config.get(
+            keys[0].replace("test", "val")
+        ):
             rows = [f"  as {'VALIDATION' if title == 'TEST' else 'METRICS'}"]
         lines += ["", title, *rows]
     lines += ["", "HOOKS, in call order (priority)"]
@@ -127,7 +131,8 @@ def _rows(label: str, node: Any, kind: Registry, depth: int) -> Iterator[str]:
         return
     if not isinstance(node, Mapping):
         return
-    plain, nested = [], []
+    plain: list[tuple[str, Any]] = []
+    nested: list[tuple[str, Any]] = []
     for key, value in node.items():
         if key == "type":
             continue

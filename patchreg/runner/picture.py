@@ -65,12 +65,14 @@ def read_samples(source: str, config: Config, count: int) -> list[Any]:
     """
     if source == "test":
         with config_errors("the test data cannot be read"):
-            dataset = EngineRunner.build_dataloader(config.test_dataloader, seed=0).dataset
+            dataset: Any = EngineRunner.build_dataloader(config.test_dataloader, seed=0).dataset
         step = max(1, len(dataset) // count)
         return [dataset[index * step] for index in range(min(count, len(dataset)))]
     place = Path(source)
     if not place.exists():
-        raise MissingFileError(f"image '{source}' does not exist; give a file, a folder of images, or 'test'")
+        raise MissingFileError(
+            f"image '{source}' does not exist; give a file, a folder of images, or 'test'"
+        )
     files = [place]
     if place.is_dir():
         files = sorted(item for item in place.rglob("*") if item.suffix.lower() in SUFFIXES)[:count]

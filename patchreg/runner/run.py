@@ -73,7 +73,9 @@ def train(
         print(describe(config))
         return
     if config.get("train_cfg") is None:
-        raise ConfigError(f"'{path}' has no train_cfg: there is nothing to train; evaluate it with tools/test.py")
+        raise ConfigError(
+            f"'{path}' has no train_cfg: there is nothing to train; evaluate it with tools/test.py"
+        )
     with process_group():
         with leave_nothing_behind(config.work_dir):
             runner = build_runner(config)
@@ -82,7 +84,7 @@ def train(
         runner.train()
 
 
-def test(
+def evaluate(
     path: str,
     checkpoint: str | None = None,
     *,
@@ -121,14 +123,18 @@ def test(
         print(describe(config))
         return {}
     if config.get("test_cfg") is None:
-        raise ConfigError(f"'{path}' has no test_cfg, test_dataloader and test_evaluator: nothing to evaluate")
+        raise ConfigError(
+            f"'{path}' has no test_cfg, test_dataloader and test_evaluator: nothing to evaluate"
+        )
     with process_group():
         with leave_nothing_behind(config.work_dir):
             runner = build_runner(config)
             with config_errors("the evaluation cannot be set up"):
                 runner.prepare("test")
         if config.get("load_from") is None and "Pretrained" not in str(config.model):
-            runner.logger.warning("no checkpoint given: the model is evaluated as it was initialised")
+            runner.logger.warning(
+                "no checkpoint given: the model is evaluated as it was initialised"
+            )
         return runner.test()
 
 

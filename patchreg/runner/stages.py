@@ -11,7 +11,7 @@ from mmengine.config import Config
 
 from patchreg.runner.build import default_work_dir, latest_checkpoint, load_config
 from patchreg.runner.launch import init_processes
-from patchreg.runner.run import process_group, test, train
+from patchreg.runner.run import evaluate, process_group, train
 from patchreg.utils.errors import ConfigError, MissingFileError
 
 _RECORD = "stages.json"
@@ -51,7 +51,9 @@ def run_stages(
         target = str(folder / Path(leaf).stem)
         checked = load_config(leaf, work_dir=target, moved=moved)
         if "stages" in checked:
-            raise ConfigError(f"{config.filename}: the stage '{leaf}' lists stages itself; name its leaves here")
+            raise ConfigError(
+                f"{config.filename}: the stage '{leaf}' lists stages itself; name its leaves here"
+            )
         plan.append((leaf, target, dict(moved), checked.get("train_cfg") is not None))
         moved[default_work_dir(leaf)] = target
     record_path = folder / _RECORD
@@ -77,13 +79,13 @@ def _run(
             print(f"stage {number}/{len(plan)}: {leaf} is finished")
             continue
         print(f"stage {number}/{len(plan)}: {leaf} -> {target}", flush=True)
-        options = dict(work_dir=target, moved=earlier, dry_run=dry_run)
+        options: dict[str, Any] = dict(work_dir=target, moved=earlier, dry_run=dry_run)
         if trains:
             train(leaf, resume="auto" if resume else None, **options, **shared)
             result: dict[str, Any] = {"checkpoint": latest_checkpoint(target)}
         else:
             used = {key: shared[key] for key in ("launcher", "seed") if key in shared}
-            result = {"metrics": test(leaf, **options, **used)}
+            result = {"metrics": evaluate(leaf, **options, **used)}
         if not dry_run and int(os.environ.get("RANK", 0)) == 0:
             record[leaf] = result
             partial = record_path.with_suffix(".partial")

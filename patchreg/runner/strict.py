@@ -1,4 +1,4 @@
-"""The check of a whole config before anything runs: unknown keys, arguments, classes, wrong types, lost overrides."""
+"""The check of a config before anything runs: keys, arguments, classes, types, lost overrides."""
 
 from __future__ import annotations
 
@@ -110,7 +110,13 @@ TOP_LEVEL = (
     (set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"})
     | set(ROOTS)
     | set(PLAIN)
-    | {"stages", "find_unused_parameters", "activation_checkpointing", "efficient_conv_bn_eval", "compile"}
+    | {
+        "stages",
+        "find_unused_parameters",
+        "activation_checkpointing",
+        "efficient_conv_bn_eval",
+        "compile",
+    }
 )
 DEFAULT_HOOKS = {"runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint"}
 
@@ -231,7 +237,9 @@ def _walk(path: str, node: Any) -> Iterator[tuple[str, Any]]:
 
 def _check_plain(key: str, value: Any) -> None:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{key} is {value!r}; expected a dict with {', '.join(sorted(PLAIN[key]))}")
+        raise ConfigError(
+            f"{key} is {value!r}; expected a dict with {', '.join(sorted(PLAIN[key]))}"
+        )
     for name in value:
         if name not in PLAIN[key]:
             raise ConfigError(
@@ -242,7 +250,9 @@ def _check_plain(key: str, value: Any) -> None:
 
 def _check_loader(path: str, value: Any) -> None:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{path} is {value!r}; expected a dict with dataset, sampler, batch_size, ...")
+        raise ConfigError(
+            f"{path} is {value!r}; expected a dict with dataset, sampler, batch_size, ..."
+        )
     for key in value:
         if key not in LOADER_KEYS:
             raise ConfigError(
@@ -309,7 +319,7 @@ def _lookup(path: str, name: Any, kind: Registry) -> Callable:
         raise ConfigError(f"{path}.type: {error}") from error
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def accepted(built: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
     """Return the named parameters of a class or function, and whether it takes any others.
 
@@ -327,7 +337,9 @@ def accepted(built: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
         if "__init__" not in base.__dict__ or base in (object, torch.nn.Module):
             continue
         try:
-            parameters = dict(list(inspect.signature(base.__dict__["__init__"]).parameters.items())[1:])
+            parameters = dict(
+                list(inspect.signature(base.__dict__["__init__"]).parameters.items())[1:]
+            )
         except (ValueError, TypeError):
             return found, True
         passes_on = False
@@ -341,12 +353,14 @@ def accepted(built: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
     return found, False
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _hints(built: Callable) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     functions = [built]
     if inspect.isclass(built):
-        functions = [base.__dict__["__init__"] for base in built.__mro__ if "__init__" in base.__dict__]
+        functions = [
+            base.__dict__["__init__"] for base in built.__mro__ if "__init__" in base.__dict__
+        ]
     for function in functions:
         try:
             own = typing.get_type_hints(function)
@@ -381,7 +395,9 @@ def _check_arguments(path: str, node: Mapping, built: Callable, kind: Registry) 
         if not _fits(value, hint):
             raise ConfigError(f"{_wrong_type(f'{path}.{key}', value, hint)} (argument of {name})")
     for key, parameter in parameters.items():
-        needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+        needed = (
+            parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+        )
         if needed and key not in node and key not in injected and key not in extra:
             raise ConfigError(f"{path}: {name} needs the argument '{key}', which is missing")
 
@@ -480,8 +496,8 @@ def check_shadowed_helpers(path: str) -> None:
         inherited |= _helpers_of(base)
     for name in sorted(own & inherited - used):
         raise ConfigError(
-            f"{path}: sets the helper variable '{name}' of its base again but does not use it, so the new value "
-            "has no effect; override the keys that should change, or use it in this file"
+            f"{path}: sets the helper variable '{name}' of its base again but does not use it, so the new "
+            "value has no effect; override the keys that should change, or use it in this file"
         )
 
 

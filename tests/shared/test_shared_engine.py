@@ -83,10 +83,12 @@ def test_resume_inside_an_epoch_is_bit_identical(toy_project: Path, tmp_path: Pa
 
 def test_workers_and_seed_decide_what_they_should(toy_project: Path, tmp_path: Path) -> None:
     alone = train_toy(toy_project, tmp_path / "a")["state_dict"]["fc.weight"]
-    workers = train_toy(
-        toy_project, tmp_path / "b", **{"train_dataloader.num_workers": 2}
-    )["state_dict"]["fc.weight"]
-    other = train_toy(toy_project, tmp_path / "c", **{"randomness.seed": 4})["state_dict"]["fc.weight"]
+    workers = train_toy(toy_project, tmp_path / "b", **{"train_dataloader.num_workers": 2})[
+        "state_dict"
+    ]["fc.weight"]
+    other = train_toy(toy_project, tmp_path / "c", **{"randomness.seed": 4})["state_dict"][
+        "fc.weight"
+    ]
     assert torch.equal(alone, workers)
     assert not torch.equal(alone, other)
 
@@ -121,12 +123,12 @@ def test_wrong_checkpoints_are_refused_in_words(toy_project: Path, tmp_path: Pat
     other = tmp_path / "other.pth"
     torch.save(dict(state_dict={"backbone.weight": torch.zeros(3)}), other)
     with pytest.raises(CheckpointError, match=r"does not belong to this model \(0 of 2 keys match"):
-        engine.test(config, str(other), work_dir=str(tmp_path / "run"))
+        engine.evaluate(config, str(other), work_dir=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     shape = tmp_path / "shape.pth"
     torch.save(dict(state_dict={"fc.weight": torch.zeros(3, 8), "fc.bias": torch.zeros(3)}), shape)
     with pytest.raises(CheckpointError, match=r"fc\.weight is \(3, 8\), the model's is \(2, 8\)"):
-        engine.test(config, str(shape), work_dir=str(tmp_path / "run"))
+        engine.evaluate(config, str(shape), work_dir=str(tmp_path / "run"))
     pickled = tmp_path / "pickled.pth"
     torch.save(dict(state_dict=Path("x")), pickled)
     with pytest.raises(CheckpointError, match="unpickling can run code"):
@@ -159,7 +161,7 @@ def test_stages_hand_checkpoints_forward_and_resume(toy_project: Path, tmp_path:
         '_base_ = ["quick.py"]\n'
         'model = dict(init_cfg=dict(type="Pretrained", checkpoint="work_dirs/toy/quick/last.pth"))\n'
         "train_cfg = dict(max_epochs=1)\n"
-        'optim_wrapper = dict(optimizer=dict(lr=0.0, weight_decay=0.0))\n'
+        "optim_wrapper = dict(optimizer=dict(lr=0.0, weight_decay=0.0))\n"
     )
     (folder / "all.py").write_text('stages = ["quick.py", "second.py"]\n')
     engine.train(str(folder / "all.py"), work_dir=str(tmp_path))
@@ -215,7 +217,12 @@ def test_sample_keys_restore_the_global_generators() -> None:
         seed_sample(0, 0, 0)
         assert torch.equal(torch.rand(2), first[0])
         assert np.random.rand() == first[1]
-    seen = {mix_seed(0, epoch, index, view) for epoch in range(9) for index in range(9) for view in range(9)}
+    seen = {
+        mix_seed(0, epoch, index, view)
+        for epoch in range(9)
+        for index in range(9)
+        for view in range(9)
+    }
     assert len(seen) == 9**3
 
 
@@ -256,9 +263,7 @@ def sharded(sampler: object, rank: int, world: int) -> list[int]:
 
 @pytest.fixture
 def world_size(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    monkeypatch.setattr(
-        "patchreg.datasets.samplers.get_dist_info", lambda: (0, request.param)
-    )
+    monkeypatch.setattr("patchreg.datasets.samplers.get_dist_info", lambda: (0, request.param))
     return request.param
 
 
