@@ -11,8 +11,13 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PATCHREG_X86
+#include <immintrin.h>
+#endif
+
 // One source, several instruction sets: the loader picks the widest one this processor has.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(PATCHREG_X86) && defined(__linux__) && !defined(__clang__)
 #define PATCHREG_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define PATCHREG_CLONES
@@ -32,6 +37,8 @@ using c10::Half;
 
 constexpr int64_t kChunk = 512;  // channels summed at once, so that the sums stay in the L1 cache
 constexpr int64_t kLanes = 16;
+constexpr int64_t kLead = 64 << 10;   // bytes that reading runs ahead: about one line of regions
+constexpr int64_t kLarge = 8 << 20;   // an output this large will have left the cache when it is read
 
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -103,9 +110,80 @@ PATCHREG_INLINE Sum<T> dot(const Sum<T>* a, const T* b, int64_t n) {
 
 PATCHREG_LOOPS(float)
 PATCHREG_LOOPS(double)
-PATCHREG_LOOPS(Half)
 PATCHREG_LOOPS(BFloat16)
 #undef PATCHREG_LOOPS
+
+// Compilers do not vectorise the float16 conversions, so those go through float32 in bulk.
+#if defined(PATCHREG_X86)
+const bool kHasF16c = __builtin_cpu_supports("f16c");
+
+__attribute__((target("avx,f16c"))) int64_t widen_f16c(float* out, const Half* in, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(bits));
+  }
+  return i;
+}
+
+__attribute__((target("avx,f16c"))) int64_t narrow_f16c(Half* out, const float* in, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i bits = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), bits);
+  }
+  return i;
+}
+#else
+constexpr bool kHasF16c = false;
+int64_t widen_f16c(float*, const Half*, int64_t) { return 0; }
+int64_t narrow_f16c(Half*, const float*, int64_t) { return 0; }
+#endif
+
+void widen(float* out, const Half* in, int64_t n) {
+  for (int64_t i = kHasF16c ? widen_f16c(out, in, n) : 0; i < n; ++i) out[i] = in[i];
+}
+
+void narrow(Half* out, const float* in, int64_t n) {
+  for (int64_t i = kHasF16c ? narrow_f16c(out, in, n) : 0; i < n; ++i) out[i] = in[i];
+}
+
+void line_sum(float* sum, const Half* source, int64_t tokens, int64_t stride, int64_t n) {
+  float wide[kChunk];
+  for (int64_t k = 0; k < tokens; ++k) {
+    widen(wide, source + k * stride, n);
+    line_sum(sum, wide, 1, 0, n);
+  }
+}
+
+void scale_into(Half* out, const float* sum, float scale, int64_t n) {
+  float wide[kChunk];
+  scale_into(wide, sum, scale, n);
+  narrow(out, wide, n);
+}
+
+void scaled_sum(float* sum, const Half* source, float scale, int64_t n) {
+  float wide[kChunk];
+  widen(wide, source, n);
+  scaled_sum(sum, wide, scale, n);
+}
+
+void sum_of_two(Half* out, const Half* a, const Half* b, int64_t n) {
+  float left[kChunk], right[kChunk];
+  for (int64_t from = 0; from < n; from += kChunk) {
+    const int64_t count = std::min(kChunk, n - from);
+    widen(left, a + from, count);
+    widen(right, b + from, count);
+    sum_of_two(left, left, right, count);
+    narrow(out + from, left, count);
+  }
+}
+
+float dot_of(const float* a, const Half* b, int64_t n) {
+  float wide[kChunk];
+  widen(wide, b, n);
+  return dot_of(a, wide, n);
+}
 
 // ---- rows ----
 
@@ -119,18 +197,63 @@ void square_sum(Sum<T>* sum, const T* image, const Square& square, int64_t width
   }
 }
 
+// Rows hop between the lines of an image; this asks for the image in the order of memory instead.
+struct ReadAhead {
+  const char* next;
+  const char* end;
+
+  void advance(int64_t bytes) {
+#if defined(__GNUC__)
+    for (const char* to = std::min(next + bytes, end); next < to; next += 64) {
+      __builtin_prefetch(next);
+    }
+#endif
+  }
+};
+
+// Writes whole cache lines without reading them first.
+void stream(void* out, const void* in, int64_t bytes) {
+#if defined(PATCHREG_X86)
+  auto* to = static_cast<__m128i*>(out);
+  const auto* from = static_cast<const __m128i*>(in);
+  for (int64_t i = 0; i < bytes / 16; i += 4) {
+    const __m128i a = _mm_loadu_si128(from + i), b = _mm_loadu_si128(from + i + 1);
+    const __m128i c = _mm_loadu_si128(from + i + 2), d = _mm_loadu_si128(from + i + 3);
+    _mm_stream_si128(to + i, a), _mm_stream_si128(to + i + 1, b);
+    _mm_stream_si128(to + i + 2, c), _mm_stream_si128(to + i + 3, d);
+  }
+#else
+  std::memcpy(out, in, bytes);
+#endif
+}
+
+void finish_stream() {
+#if defined(PATCHREG_X86)
+  _mm_sfence();
+#endif
+}
+
+bool may_stream(const Tensor& out, int64_t row_bytes) {
+  return static_cast<int64_t>(out.nbytes()) >= kLarge && row_bytes % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
+}
+
 template <typename T>
 void pool_row(T* out, const T* image, const Square& square, int64_t width, int64_t channels,
-              Sum<T> scale) {
+              Sum<T> scale, bool streaming) {
   if (square.count() == 1 && scale == Sum<T>(1)) {
-    std::memcpy(out, image + square.token * channels, channels * sizeof(T));
+    const T* token = image + square.token * channels;
+    const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
+    streaming ? stream(out, token, bytes) : static_cast<void>(std::memcpy(out, token, bytes));
     return;
   }
   Sum<T> sum[kChunk];
+  T row[kChunk];
   for (int64_t from = 0; from < channels; from += kChunk) {
     const int64_t n = std::min(kChunk, channels - from);
     square_sum(sum, image, square, width, channels, from, n);
-    scale_into(out + from, sum, scale, n);
+    scale_into(streaming ? row : out + from, sum, scale, n);
+    if (streaming) stream(out + from, row, n * sizeof(T));
   }
 }
 
@@ -258,16 +381,26 @@ void region_pool_out(const Tensor& x_in, const Tensor& rows_in, const Tensor& ow
   PATCHREG_DISPATCH(x, "region_pool", [&] {
     const scalar_t* source = pointer<scalar_t>(x);
     scalar_t* target = out.mutable_data_ptr<scalar_t>();
+    const int64_t bytes = channels * static_cast<int64_t>(sizeof(scalar_t));
+    const char* memory = reinterpret_cast<const char*>(source);
+    const bool streaming = may_stream(out, bytes);
     at::parallel_for(0, count, rows_per_task(channels), [&](int64_t begin, int64_t end) {
+      ReadAhead ahead{nullptr, nullptr};
       for (int64_t i = begin; i < end; ++i) {
         const int64_t* r = row + 4 * i;
         TORCH_CHECK_INDEX(row_is_valid(grid, batch, r), "row ", i, " of the plan, (", r[0], ", ",
                           r[1], ", ", r[2], ", ", r[3], "), lies outside the batch");
         const Square square = square_at(grid, static_cast<int32_t>(r[1]),
                                         static_cast<int32_t>(r[2]), static_cast<int32_t>(r[3]));
+        if (i == begin) {
+          const int64_t lead = (r[0] * grid.tokens() + square.token) * bytes + kLead;
+          ahead = {memory + std::min<int64_t>(lead, x.nbytes()), memory + x.nbytes()};
+        }
+        ahead.advance(square.count() * bytes);
         pool_row(target + i * channels, source + r[0] * grid.tokens() * channels, square, width,
-                 channels, mean ? Sum<scalar_t>(1) / square.count() : Sum<scalar_t>(1));
+                 channels, mean ? Sum<scalar_t>(1) / square.count() : Sum<scalar_t>(1), streaming);
       }
+      if (streaming) finish_stream();
     });
   });
 }
@@ -374,7 +507,7 @@ Tensor region_pool_dense(const Tensor& x_in, const std::optional<Tensor>& gate_i
           scale = static_cast<Sum<scalar_t>>(gates[cell]);
         }
         pool_row(target + i * channels, source + b * grid.tokens() * channels, row.square, width,
-                 channels, scale);
+                 channels, scale, false);
       }
     });
   });

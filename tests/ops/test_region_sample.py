@@ -158,10 +158,19 @@ def random_case(rng):
     }
 
 
-def test_random_shapes(device):
+def check_random_cases(count, device):
     rng = random.Random(11)
-    for seed in range(40):
+    for seed in range(count):
         check_against_brute_force(**random_case(rng), seed=seed, device=device)
+
+
+def test_random_shapes(device):
+    check_random_cases(300, device)
+
+
+@pytest.mark.slow
+def test_random_shapes_many(device):
+    check_random_cases(10_000, device)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -256,6 +265,26 @@ def test_out(device):
         assert torch.equal(out, expected)
         assert torch.equal(ops.decompress(comp, plan, x, out=x), expected)
         assert torch.equal(ops.decompress(comp, plan, out=out), ops.decompress(comp, plan))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_large_output(dtype, device):
+    """Outputs past the size from which the CPU kernels write around the cache."""
+    splits, grid = (4, 2, 1), (16, 16, 1)
+    channels = 1024 * 4 // dtype.itemsize
+    generator = seeded()
+    choice = make_choice(generator, 20, 16, 16, splits, device)
+    plan = ops.row_plan(choice, splits, *grid)
+    x = randn(generator, 20, 257, channels, dtype=dtype, device=device)
+    comp = ops.compress(x, plan, *grid)
+    assert comp.nbytes > 8 << 20
+    back = ops.decompress(comp, plan)
+    mean = x.new_zeros(len(plan.rows), channels, dtype=torch.float32)
+    mean = mean.index_reduce_(
+        0, plan.owner.flatten(), x.flatten(0, 1).float(), "mean", include_self=False
+    )
+    torch.testing.assert_close(comp, mean.to(dtype))
+    assert torch.equal(back, comp[plan.owner])
 
 
 def test_bad_out():
