@@ -80,8 +80,8 @@ def load_file(
             raise CheckpointError(
                 f"'{path}' is a pickle that holds more than tensors and plain values"
                 + (f" ({name[1]})" if name else "")
-                + ", and is not loaded because unpickling can run code; save only its state dict on "
-                "a machine that trusts it, or use tools/convert.py for the layouts it knows"
+                + ", and is not loaded because unpickling can run code; save only its state dict "
+                "on a machine that trusts it, or use tools/convert.py for the layouts it knows"
             ) from error
         raise CheckpointError(
             f"'{path}' is not a checkpoint or is damaged ({reason}); expected a file written by "
@@ -123,6 +123,15 @@ def load_weights(path: str | os.PathLike[str], map_location: Any = "cpu") -> dic
     return state_dict_of(load_file(path, map_location), path)
 
 
+def container_of(loaded: dict[str, Any]) -> str | None:
+    """Return the key that holds the state dict, or None if the weights lie on the top level.
+
+    Args:
+        loaded: What `load_file` returned.
+    """
+    return next((key for key in _CONTAINERS if isinstance(loaded.get(key), dict)), None)
+
+
 def state_dict_of(loaded: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Take the flat state dict out of a loaded file.
 
@@ -135,11 +144,8 @@ def state_dict_of(loaded: dict[str, Any], path: str | os.PathLike[str]) -> dict[
     Raises:
         CheckpointError: No dict of tensors is inside.
     """
-    state: Any = loaded
-    for key in _CONTAINERS:
-        if isinstance(loaded.get(key), dict):
-            state = loaded[key]
-            break
+    container = container_of(loaded)
+    state = loaded if container is None else loaded[container]
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         keys = ", ".join(repr(key) for key in list(loaded)[:6])
