@@ -197,14 +197,16 @@ def split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Shape:
         qkv [3 C, ...] becomes q [C, ...] and kv [2 C, ...].
     """
-    converted = {}
+    converted: dict[str, Tensor] = {}
     for key, value in state.items():
-        if ".attn.qkv." in key:
-            third = len(value) // 3
-            converted[key.replace(".qkv.", ".q.")] = value[:third].clone()
-            converted[key.replace(".qkv.", ".kv.")] = value[third:].clone()
-        else:
+        if ".attn.qkv." not in key:
             converted[key] = value
+        elif key.replace(".qkv.", ".q.") not in converted:
+            start = key[: key.index(".qkv.")]
+            third = len(value) // 3
+            for name, rows in (("q", slice(0, third)), ("kv", slice(third, None))):
+                for part in (item for item in state if item.startswith(f"{start}.qkv.")):
+                    converted[part.replace(".qkv.", f".{name}.")] = state[part][rows].clone()
     return converted
 
 
@@ -450,7 +452,7 @@ def _pack(
     entries = {} if container is None else {k: v for k, v in loaded.items() if k != container}
     others = {key: _plain(value) for key, value in entries.items()}
     if found == "ours":
-        meta = others.pop("meta", None)
+        meta = others.get("meta")
         official = meta.get("official") if isinstance(meta, dict) else None
         others = official if isinstance(official, dict) else {}
     kept = {key: value for key, value in others.items() if to == "backbone" or key in KEPT}
