@@ -214,6 +214,16 @@ def test_average_is_taken_on_request_with_the_true_splits(tmp_path):
     same(load_weights(tmp_path / "c.pth"), state)
 
 
+def test_checkpoint_of_a_run_gives_what_it_evaluates():
+    state = spread_routers(classifier()).state_dict()
+    trained = {f"module.{key}": value for key, value in state.items()}
+    run_state = dict(meta=dict(epoch=3, iter=9), state_dict=state, optimizer={}, message_hub={})
+    checkpoint, report = convert(run_state | dict(ema_state_dict=trained), "last.pth", "official")
+    assert set(checkpoint) == {"model"}
+    same(checkpoint["model"], to_official(state))
+    assert report["not_carried"] == ["optimizer", "message_hub", "ema_state_dict"]
+
+
 # ---- plain DeiT and DGE ----
 
 
@@ -492,6 +502,7 @@ MISUSED = {
     "prefix": ("ours", dict(prefix="x."), r"--prefix is for --to backbone, not for --to ours"),
     "routers": ("plain", dict(splits=[2, 1]), r"--splits adds routers, which --to plain drops"),
     "head": ("ours", dict(new_head=True), r"--new-head needs --num-classes"),
+    "classes": ("ours", dict(num_classes=0), r"--num-classes 0: expected 1 or more"),
     "size": ("ours", dict(img_size=[60]), r"--img-size 60: expected one or two multiples of 8"),
     "sizes": ("ours", dict(img_size=[64] * 3), r"--img-size 64 64 64: expected one or two"),
     "splits": ("ours", dict(splits=[4, 3]), r"splits=\[4, 3\]: 3 does not divide the region 4"),

@@ -106,6 +106,8 @@ def convert(
         raise ConfigError("--splits adds routers, which --to plain drops; use one of the two")
     if new_head and num_classes is None:
         raise ConfigError("--new-head needs --num-classes N")
+    if num_classes is not None and num_classes < 1:
+        raise ConfigError(f"--num-classes {num_classes}: expected 1 or more")
     changed: list[str] = []
     source = _weights(loaded, path, ema, changed)
     found, names = _official_names(source, path)
@@ -122,8 +124,7 @@ def convert(
         dropped += [name for name in state if ".dge." in name]
         state = merge_qkv(state)
     if num_classes is not None:
-        lost = _set_classes(state, num_classes, new_head, seed, path, made)
-        dropped += lost
+        dropped += _set_classes(state, num_classes, new_head, seed, path, made)
     size = None if img_size is None else _resize(state, img_size, path, changed)
     _check(state, path)
     checkpoint, left = _pack(loaded, state, found, to, prefix or PREFIX)
