@@ -73,7 +73,10 @@ def mistaken(project: Path, expected: str, name: str, *arguments: str) -> None:
 
 CONFIG = "configs/toy/quick.py"
 CONFIG_MISTAKES = {
-    "missing config": (r"'configs/toy/quik\.py' does not exist.*'quick\.py'", ["configs/toy/quik.py"]),
+    "missing config": (
+        r"'configs/toy/quik\.py' does not exist.*'quick\.py'",
+        ["configs/toy/quik.py"],
+    ),
     "top-level key": (
         r"unknown top-level key 'trian_cfg'.*'train_cfg'",
         [CONFIG, "--cfg-options", "trian_cfg.max_epochs=1"],
@@ -129,10 +132,19 @@ def test_mistakes_of_a_checkpoint_are_one_message(project: Path) -> None:
 def test_dry_run_prints_the_flow_and_writes_nothing(project: Path) -> None:
     done = tool(project, "train.py", CONFIG, "--dry-run")
     assert done.returncode == 0, done.stderr
-    for part in ("ToyClassifier", "toy_cli.py:", "ToyDataset", "DefaultSampler", "AdamW", "EpochLoop"):
+    for part in (
+        "ToyClassifier",
+        "toy_cli.py:",
+        "ToyDataset",
+        "DefaultSampler",
+        "AdamW",
+        "EpochLoop",
+    ):
         assert part in done.stdout
     assert re.search(r"before_train_iter +RuntimeInfoHook > IterTimerHook", done.stdout)
-    assert re.search(r"after_train_iter .*LoggerHook > ParamSchedulerHook > CheckpointHook", done.stdout)
+    assert re.search(
+        r"after_train_iter .*LoggerHook > ParamSchedulerHook > CheckpointHook", done.stdout
+    )
     assert not (project / "work_dirs").exists()
 
 
@@ -174,3 +186,59 @@ def test_shell_tools_say_how_they_are_called() -> None:
         done = call(ROOT, "bash", f"tools/{name}")
         assert done.returncode == 2
         assert f"usage: tools/{name}" in done.stderr
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A project with a folder of images in two classes and a small DGE config that reads it."""
+    from PIL import Image
+
+    for number in range(8):
+        folder = tmp_path / "photos" / "train" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (30 * number, 0, 0)).save(folder / f"{number}.png")
+    config = tmp_path / "configs/dge/photos.py"
+    config.parent.mkdir(parents=True)
+    config.write_text(
+        f'_base_ = ["{ROOT}/configs/dge/quick.py"]\n'
+        "model = dict(backbone=dict(arch=dict(embed_dims=16, depth=1, num_heads=2)), "
+        "head=dict(in_channels=16))\n"
+        '_pipeline = [dict(type="LoadImage"), dict(type="mmpretrain.PackInputs")]\n'
+        '_photos = dict(_delete_=True, type="ImageFolderDataset", data_root="photos", split="train", '
+        "pipeline=_pipeline)\n"
+        "train_dataloader = dict(batch_size=4, num_workers=2, dataset=_photos)\n"
+        "val_dataloader = dict(batch_size=4, dataset=_photos)\n"
+        "test_dataloader = val_dataloader\n"
+        "train_cfg = dict(max_epochs=1)\n"
+    )
+    return tmp_path
+
+
+def test_unreadable_image_is_named_or_skipped(photos: Path) -> None:
+    broken = photos / "photos/train/class0/4.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    done = tool(photos, "train.py", "configs/dge/photos.py")
+    shown = done.stderr + done.stdout
+    assert done.returncode == 2, shown
+    assert shown.count("error: ") == 1
+    assert re.search(r"error: image '\S*class0/4\.png' cannot be read", shown)
+    assert "Traceback" not in shown.split("error: image")[1]
+    skipping = tool(
+        photos,
+        "train.py",
+        "configs/dge/photos.py",
+        "--cfg-options",
+        "train_dataloader.bad_samples=skip",
+        "val_dataloader.bad_samples=skip",
+    )
+    assert skipping.returncode == 0, skipping.stderr
+    assert (photos / "work_dirs/dge/photos/epoch_1.pth").is_file()
+
+
+def test_empty_and_missing_folders_are_one_message(photos: Path) -> None:
+    (photos / "empty/train").mkdir(parents=True)
+    name = "train_dataloader.dataset.data_root"
+    for root in ("empty", "nowhere"):
+        mistaken(
+            photos, root, "train.py", "configs/dge/photos.py", "--cfg-options", f"{name}={root}"
+        )

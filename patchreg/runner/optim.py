@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from mmengine.device import get_device
-from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.logging import MMLogger, print_log
 from mmengine.optim import AmpOptimWrapper as _AmpOptimWrapper
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
 from patchreg.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
@@ -74,14 +76,28 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             prefix: Name of the module within the model; empty for the model itself.
             is_dcn_module: As in the parent.
         """
-        super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
         if prefix:
+            super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
             return
+        # The parent logs a line for every parameter; the groups below say the same.
+        logger = MMLogger.get_current_instance()
+        level = logger.level
+        logger.setLevel(logging.WARNING)
+        try:
+            super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
+        finally:
+            logger.setLevel(level)
         merged: dict[tuple, dict] = {}
         for group in params:
-            key = tuple(sorted((name, repr(value)) for name, value in group.items() if name != "params"))
+            key = tuple(
+                sorted((name, repr(value)) for name, value in group.items() if name != "params")
+            )
             if key in merged:
                 merged[key]["params"] += group["params"]
             else:
                 merged[key] = group
         params[:] = merged.values()
+        for group in params:
+            settings = {key: value for key, value in group.items() if key != "params"}
+            shown = ", ".join(f"{key} {value}" for key, value in settings.items()) or "as given"
+            print_log(f"parameter group: {len(group['params'])} tensors, {shown}", logger="current")

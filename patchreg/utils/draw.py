@@ -45,9 +45,12 @@ def draw_selection(
     count = len(images)
     height, width = selection.image_size
     figure, axes = plt.subplots(
-        2, count, figsize=(1.7 * count, 4.0), squeeze=False, layout="constrained"
+        2, count, figsize=(1.6 * count + 0.9, 3.7), squeeze=False, layout="constrained"
     )
     shares = selection.resolution.reshape(count, *selection.grid).cpu().numpy()
+    low, high = float(shares.min()), float(shares.max())
+    if low == high:
+        low, high = 0.0, 1.0
     for index in range(count):
         image = np.asarray(images[index])
         top, bottom = axes[0, index], axes[1, index]
@@ -58,8 +61,8 @@ def draw_selection(
         shown = bottom.imshow(
             shares[index],
             cmap="viridis",
-            vmin=0,
-            vmax=1,
+            vmin=low,
+            vmax=high,
             alpha=0.6,
             extent=(0, width, height, 0),
             interpolation="nearest",

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 
 
@@ -90,6 +91,8 @@ def run_tool(main: Callable[[], int | None]) -> int:
             raise
         if int(os.environ.get("RANK", 0)) == 0 or os.environ.get("PATCHREG_ALL_RANKS") == "1":
             print(f"error: {message_of(error)}", file=sys.stderr)
+        # The frames of the failed run hold its loader workers, which end when they are let go.
+        traceback.clear_frames(error.__traceback__)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
