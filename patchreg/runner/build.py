@@ -24,18 +24,25 @@ from patchreg import __version__
 from patchreg.datasets.keyed import KeyedDataset
 from patchreg.registry import RUNNERS
 from patchreg.runner.checkpoint import (
+    check_file,
     check_state,
     load_state,
+    open_gradients,
     plain,
     plain_message_hub,
+    restore_gradients,
     restore_message_hub,
+    seal,
 )
 from patchreg.runner.explain import implements
 from patchreg.runner.launch import init_processes
+from patchreg.runner.stop import shielded
 from patchreg.runner.strict import check_config, check_options, check_shadowed_helpers
-from patchreg.utils.errors import ConfigError, MissingFileError, UserError
+from patchreg.utils.errors import CheckpointError, ConfigError, MissingFileError, UserError
+from patchreg.utils.files import replace_safely
 from patchreg.utils.random import batch_random
 from patchreg.utils.weights import load_file, state_dict_of
+
 
 @RUNNERS.register_module()
 class EngineRunner(Runner):
@@ -80,6 +87,8 @@ class EngineRunner(Runner):
             # Last of all, so that whatever hooks added to the hub is turned into plain values too.
             checkpoint = kwargs["checkpoint"]
             checkpoint["message_hub"] = plain_message_hub(checkpoint["message_hub"])
+            if "optimizer" in checkpoint and self._open_gradients:
+                checkpoint["gradients"] = self._open_gradients
             for key in set(checkpoint) - {"state_dict"}:
                 checkpoint[key] = plain(checkpoint[key])
 
@@ -147,7 +156,9 @@ class EngineRunner(Runner):
             if hasattr(dataset, "full_init"):
                 dataset.full_init()
         config["dataset"] = KeyedDataset(dataset, seed or 0, bad_samples)
-        return Runner.build_dataloader(config, seed=seed)
+        loader = Runner.build_dataloader(config, seed=seed)
+        loader.worker_init_fn = shielded(loader.worker_init_fn)
+        return loader
 
     def build_train_loop(self, loop: Any) -> Any:
         """Build the training loop; `by_epoch` chooses between the resumable loops.
@@ -178,6 +189,7 @@ class EngineRunner(Runner):
         Raises:
             CheckpointError: The file is damaged or belongs to another model.
         """
+        check_file(filename)
         checkpoint = load_file(filename, map_location)
         checkpoint["state_dict"] = state_dict_of(checkpoint, filename)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
@@ -191,14 +203,44 @@ class EngineRunner(Runner):
         if self._has_loaded:
             return
         if self._resume:
-            source = self._load_from or latest_checkpoint(self.work_dir)
+            source = self._load_from or self._newest_sound()
             if source is None:
-                self.logger.info(f"nothing to resume in {self.work_dir}; training starts from scratch")
+                self.logger.info(
+                    f"nothing to resume in {self.work_dir}; training starts from scratch"
+                )
             else:
                 self.resume(source)
         elif self._load_from is not None:
             # Training may start from the weights of a neighbour; evaluation may not.
             self.load_checkpoint(self._load_from, strict=self._train_loop is None)
+
+    def _newest_sound(self) -> str | None:
+        """Return the newest undamaged checkpoint of the work dir, the same on all processes.
+
+        Raises:
+            CheckpointError: There are checkpoints, but all are damaged.
+        """
+        answer: list[str | None] = [None, None]
+        if mmengine.dist.is_main_process():
+            damaged = []
+            for path in checkpoints_of(self.work_dir):
+                try:
+                    check_file(path, required=True)
+                except CheckpointError as error:
+                    damaged.append(path)
+                    self.logger.warning(f"{error}; it is left out, the one before it is tried")
+                else:
+                    answer[0] = path
+                    break
+            if damaged and answer[0] is None:
+                answer[1] = (
+                    f"none of the checkpoints in '{self.work_dir}' can be read ({', '.join(damaged)}); "
+                    "train anew without --resume, or restore one from a copy"
+                )
+        mmengine.dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise CheckpointError(answer[1])
+        return answer[0]
 
     def resume(
         self,
@@ -231,12 +273,17 @@ class EngineRunner(Runner):
             self.logger.warning(f"seed {self.seed} is replaced by the checkpoint's {seed}")
             self._randomness_cfg.update(seed=seed)
             self.set_randomness(**self._randomness_cfg)
+            _reseed(self.train_loop.dataloader, seed)
         self.train_loop._epoch = meta["epoch"]
         self.train_loop._iter = meta["iter"]
         restore_message_hub(self.message_hub, checkpoint["message_hub"])
         if resume_optimizer and "optimizer" in checkpoint:
             self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
             self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
+            if "gradients" in checkpoint:
+                # MMEngine is about to warn that they are lost.
+                restore_gradients(self._bare_model(), checkpoint["gradients"])
+                self.logger.info("the half accumulated gradients are restored")
         if resume_param_scheduler and "param_schedulers" in checkpoint and self.param_schedulers:
             self.param_schedulers = self.build_param_scheduler(self.param_schedulers)
             restored = checkpoint["param_schedulers"]
@@ -245,19 +292,33 @@ class EngineRunner(Runner):
         self.logger.info(f"resumed at epoch {self.epoch}, iteration {self.iter} from {filename}")
 
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint under a temporary name, then rename it.
+        """Write a checkpoint with a checksum under a temporary name, then rename it.
+
+        To be called on all processes; the first one writes.
 
         Args:
             out_dir: Folder.
             filename: Name of the file in it.
             args: As for MMEngine.
             kwargs: As for MMEngine.
+
+        Raises:
+            CheckpointError: The file cannot be written; older checkpoints are as they were.
         """
+        self._open_gradients = open_gradients(self._bare_model(), self.optim_wrapper)
         if not mmengine.dist.is_main_process():
             return
-        partial = f".{filename}.partial"
-        super().save_checkpoint(out_dir, partial, *args, **kwargs)
-        os.replace(os.path.join(out_dir, partial), os.path.join(out_dir, filename))
+        partial, final = Path(out_dir, f".{filename}.partial"), Path(out_dir, filename)
+        try:
+            super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
+            seal(partial)
+            replace_safely(partial, final)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"checkpoint '{final}' cannot be written ({error.strerror or error}); those "
+                "before it are as they were: make room or mend the folder, then continue with --resume"
+            ) from error
 
     def prepare(self, mode: str) -> None:
         """Build everything that MMEngine would build at the first use, so that mistakes show before the run.
@@ -265,7 +326,10 @@ class EngineRunner(Runner):
         Args:
             mode: `train` or `test`.
         """
+        if self._resume and self._load_from is None:
+            self._load_from = self._newest_sound()
         if self._load_from is not None:
+            check_file(self._load_from)
             # Read twice on purpose: hooks that take part in loading exist only once the run has begun.
             state = state_dict_of(load_file(self._load_from), self._load_from)
             check_state(
@@ -293,19 +357,40 @@ def _scheduler_pairs(mine: Any, theirs: Any) -> list[tuple[Any, Any]]:
     return list(zip(mine, theirs, strict=True))
 
 
+def _reseed(loader: DataLoader, seed: int) -> None:
+    """Give a loader that was built before the seed was known the seed of the run."""
+    dataset: Any = loader.dataset
+    dataset.seed = seed
+    if hasattr(loader.sampler, "seed"):
+        loader.sampler.seed = seed
+
+
+def checkpoints_of(work_dir: str | os.PathLike[str]) -> list[str]:
+    """Return the checkpoints of a work dir that a run can continue from, newest first.
+
+    Args:
+        work_dir: Folder of a run.
+    """
+    found = [path for path in Path(work_dir).glob("*.pth") if not path.name.startswith("best_")]
+    found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    pointer = Path(work_dir, "last_checkpoint")
+    if pointer.is_file():
+        path = Path(pointer.read_text(errors="replace").strip())
+        # The folder may have been moved; checkpoints may lie in another one.
+        inside = Path(work_dir, path.name)
+        path = inside if inside.is_file() else path
+        if path.is_file():
+            found = [path, *(other for other in found if other != path)]
+    return [str(path) for path in found]
+
+
 def latest_checkpoint(work_dir: str | os.PathLike[str]) -> str | None:
     """Return the newest checkpoint of a work dir, or None.
 
     Args:
         work_dir: Folder of a run.
     """
-    pointer = Path(work_dir, "last_checkpoint")
-    if pointer.is_file():
-        name = Path(pointer.read_text().strip()).name
-        if Path(work_dir, name).is_file():
-            return str(Path(work_dir, name))
-    found = sorted(Path(work_dir).glob("*.pth"), key=lambda path: path.stat().st_mtime)
-    return str(found[-1]) if found else None
+    return next(iter(checkpoints_of(work_dir)), None)
 
 
 def resolve_checkpoint(path: str | os.PathLike[str]) -> str:
@@ -366,7 +451,9 @@ def load_config(
     except (UserError, KeyboardInterrupt):
         raise
     except FileNotFoundError as error:
-        raise MissingFileError(f"config '{path}' names a base that does not exist: {error}") from error
+        raise MissingFileError(
+            f"config '{path}' names a base that does not exist: {error}"
+        ) from error
     except Exception as error:
         raise ConfigError(
             f"config '{path}' cannot be read: {type(error).__name__}: {error}"
@@ -458,5 +545,4 @@ def build_runner(config: Config) -> EngineRunner:
             f"work dir '{folder}' cannot be made ({error.strerror}); choose another with --work-dir"
         ) from error
     with config_errors("the config cannot be built"):
-        runner = EngineRunner.from_cfg(config)
-    return runner
+        return EngineRunner.from_cfg(config)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from types import FunctionType, MethodType
@@ -10,12 +13,118 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.dist import all_reduce, get_world_size
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import Tensor, nn
 
 from patchreg.utils.errors import CheckpointError
 
 _SHOWN = 4
+_SEAL = b"patchreg sha256 "
+_SEAL_SIZE = len(_SEAL) + 64
+
+
+def _digest(path: str | os.PathLike[str], size: int) -> bytes:
+    """Return the SHA-256 of the first bytes of a file, in hexadecimal."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            found.update(block)
+            size -= len(block)
+    return found.hexdigest().encode()
+
+
+def seal(path: str | os.PathLike[str]) -> None:
+    """Add a checksum to a file of `torch.save`, as the comment of the zip archive that it is.
+
+    There the checksum stays with the file when it is copied or renamed, and readers of zip files, torch among
+    them, pass over it.
+
+    Args:
+        path: File to seal, once.
+    """
+    # The last two bytes of an archive without a comment are the comment's length.
+    size = os.path.getsize(path) - 2
+    comment = _SEAL + _digest(path, size)
+    with open(path, "r+b") as file:
+        file.seek(size)
+        file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def check_file(path: str | os.PathLike[str], required: bool = False) -> None:
+    """Check that a checkpoint is what was written: by its checksum, else by those that every zip file has.
+
+    torch itself does not notice a flipped bit in a tensor.
+
+    Args:
+        path: File to check; one that is missing or in another format passes, its reader has to judge.
+        required: Whether other formats are refused too.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    if not os.path.isfile(path):
+        return
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(2)
+        file.seek(max(size - _SEAL_SIZE, 0))
+        end = file.read()
+    if not start:
+        raise CheckpointError(f"checkpoint '{path}' is empty")
+    if start != b"PK":
+        if required:
+            raise CheckpointError(
+                f"checkpoint '{path}' is damaged: it does not begin as torch's files do"
+            )
+        return
+    if end.startswith(_SEAL):
+        if _digest(path, size - _SEAL_SIZE - 2) != end[len(_SEAL) :]:
+            raise CheckpointError(
+                f"checkpoint '{path}' is damaged: its content does not fit its checksum"
+            )
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint '{path}' is damaged or truncated: {error}") from error
+    if broken:
+        raise CheckpointError(
+            f"checkpoint '{path}' is damaged: {broken} in it does not fit its checksum"
+        )
+
+
+def open_gradients(model: nn.Module, optim_wrapper: Any) -> dict[str, Tensor]:
+    """Return the gradients of an optimisation step that is half accumulated, as a mean over processes.
+
+    Args:
+        model: The model, not wrapped.
+        optim_wrapper: Its optimiser wrapper.
+    """
+    parts = getattr(optim_wrapper, "_accumulative_counts", 1)
+    if parts == 1 or optim_wrapper._inner_count % parts == 0:
+        return {}
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradient = parameter.grad.detach().clone()
+            if get_world_size() > 1:
+                all_reduce(gradient, "mean")
+            found[name] = gradient.cpu()
+    return found
+
+
+def restore_gradients(model: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+    """Put the gradients of a half accumulated step back.
+
+    Args:
+        model: The model, not wrapped.
+        gradients: What `open_gradients` returned.
+    """
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter.device, parameter.dtype)
 
 
 def plain_message_hub(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +145,9 @@ def plain_message_hub(state: Mapping[str, Any]) -> dict[str, Any]:
         }
     return {
         "log_scalars": scalars,
-        "runtime_info": {key: value for key, value in state["runtime_info"].items() if _is_plain(value)},
+        "runtime_info": {
+            key: value for key, value in state["runtime_info"].items() if _is_plain(value)
+        },
         "resumed_keys": {key: bool(value) for key, value in state["resumed_keys"].items()},
     }
 
