@@ -101,9 +101,8 @@ class StageRegistry(Registry):
                     f"'{key}': the package '{scope}' is not installed or has no registry; install it "
                     f"(pip install {scope}) or use a {self.name} of patchreg"
                 )
-            return (
-                f"'{key}' is not in the {self.name} registry of '{scope}'."
-                + did_you_mean(name, other.module_dict)
+            return f"'{key}' is not in the {self.name} registry of '{scope}'." + did_you_mean(
+                name, other.module_dict
             )
         hint = did_you_mean(name, self.names())
         text = f"'{name}' is not in the {self.name} registry." + hint

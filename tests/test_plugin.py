@@ -59,7 +59,9 @@ def test_sixth_method_in_the_tree_trains_beside_a_broken_one(copied_tree: Path) 
     broken = copied_tree / "patchreg/methods/broken"
     broken.mkdir()
     (broken / "__init__.py").write_text("import a_module_that_does_not_exist\n")
-    done = run([str(ROOT / "tools/train.py"), str(config)], copied_tree, PYTHONPATH=str(copied_tree))
+    done = run(
+        [str(ROOT / "tools/train.py"), str(config)], copied_tree, PYTHONPATH=str(copied_tree)
+    )
     assert done.returncode == 0, done.stderr
     code = (
         "from patchreg import registry\n"

@@ -27,7 +27,9 @@ class KeyedDataset:
 
     def __init__(self, dataset: Any, seed: int, bad_samples: str = "error") -> None:
         if bad_samples not in BAD_SAMPLES:
-            raise ConfigError(f"bad_samples '{bad_samples}': expected one of {', '.join(BAD_SAMPLES)}")
+            raise ConfigError(
+                f"bad_samples '{bad_samples}': expected one of {', '.join(BAD_SAMPLES)}"
+            )
         self.dataset = dataset
         self.seed = seed
         self.bad_samples = bad_samples

@@ -45,7 +45,9 @@ def _mpi_environment(port: str | None) -> None:
         os.environ["WORLD_SIZE"] = os.environ["OMPI_COMM_WORLD_SIZE"]
         os.environ["LOCAL_RANK"] = os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]
     except KeyError as error:
-        raise ConfigError(f"--launcher mpi, but {error.args[0]} is not set; start with mpirun") from None
+        raise ConfigError(
+            f"--launcher mpi, but {error.args[0]} is not set; start with mpirun"
+        ) from None
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", port or "29500")
 
@@ -82,6 +84,8 @@ def init_processes(
         backend = "nccl" if gpus > 0 else "gloo"
     if backend == "nccl":
         if gpus == 0:
-            raise ConfigError("backend 'nccl' needs a GPU and none is visible; use 'gloo' or leave it out")
+            raise ConfigError(
+                "backend 'nccl' needs a GPU and none is visible; use 'gloo' or leave it out"
+            )
         torch.cuda.set_device(local_rank % gpus)
     dist.init_process_group(backend=backend, timeout=timedelta(seconds=timeout))

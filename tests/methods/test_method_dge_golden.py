@@ -70,7 +70,9 @@ def test_evaluation(golden, dtype, path):
     else:
         # All candidates are computed: 1 + 4 * (16 + 4 + 1) queries instead of 65 of the dense twin.
         per_query = sum(block.cost.per_query("upstream") for block in features.routing.blocks)
-        assert torch.allclose(executed, torch.full_like(executed, static + 20 * per_query), rtol=1e-12)
+        assert torch.allclose(
+            executed, torch.full_like(executed, static + 20 * per_query), rtol=1e-12
+        )
 
 
 @DTYPES
