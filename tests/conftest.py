@@ -68,13 +68,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
                 if not f"{file.stem}:{name}".startswith(PENDING.get(method, ())):
                     unread.append(f"{method}/{file.stem}: {name}")
     if unread:
-        print(f"\n{len(unread)} reference numbers that no test read:", *sorted(unread)[:20], sep="\n  ")
+        print(
+            f"\n{len(unread)} reference numbers that no test read:",
+            *sorted(unread)[:20],
+            sep="\n  ",
+        )
         session.exitstatus = 1
 
 
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    no_gpu = pytest.mark.skip(reason="needs a CUDA device; run on a machine with one: pytest -m gpu")
+    no_gpu = pytest.mark.skip(
+        reason="needs a CUDA device; run on a machine with one: pytest -m gpu"
+    )
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
