@@ -91,7 +91,9 @@ def extension_arguments():
         def run(self):
             attempts = [True, False] if root is not None and kernels else [False]
             reason = ""
+            wanted = self.compiler, self.inplace
             for with_cuda in attempts:
+                self.compiler, self.inplace = wanted  # A failed attempt leaves its own behind.
                 parts = "CPU and CUDA" if with_cuda else "CPU"
                 # In place: the object carries what finalize_options() noted on it.
                 vars(self.extensions[0]).update(vars(extension(with_cuda)))
@@ -104,8 +106,21 @@ def extension_arguments():
                 arch = f" for {os.environ['TORCH_CUDA_ARCH_LIST']}" if with_cuda else ""
                 report(f"built {parts} kernels{arch} with torch {torch.__version__}")
                 return
-            self.extensions[:] = []
             give_up(reason, "install the compiler torch needs, " + FIX)
+
+        def build_extensions(self):
+            plain = self.compiler.object_filenames
+
+            def distinct(sources, *args, **kwargs):
+                """One stem, two languages: region_sample.cu must not overwrite region_sample.o."""
+                objects = plain(sources, *args, **kwargs)
+                return [
+                    str(Path(path).with_suffix(".cuda.o")) if str(source).endswith(".cu") else path
+                    for source, path in zip(sources, objects)
+                ]
+
+            self.compiler.object_filenames = distinct
+            super().build_extensions()
 
     return {"ext_modules": [extension(False)], "cmdclass": {"build_ext": BuildOps}}
 

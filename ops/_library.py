@@ -22,8 +22,8 @@ INSTALL_HINT = (
 _GRID = "SymInt height, SymInt width, SymInt extra"
 _POOL = f"Tensor x, Tensor rows, Tensor owner, {_GRID}, bool mean"
 _UNPOOL = f"Tensor update, Tensor rows, Tensor owner, Tensor? reference, {_GRID}, bool mean"
-# `mean` divides by the number of real tokens of a row. The dense operators weigh a token by the gate
-# of its region; without a gate they divide as well.
+# `mean` divides by the number of real tokens of a row. The dense operators weigh a token by the
+# gate of its region; without a gate they divide as well.
 SCHEMAS = {
     "region_lengths": f"(Tensor choice, int[] splits, {_GRID}) -> Tensor",
     "region_plan": (

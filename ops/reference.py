@@ -1,23 +1,16 @@
 """Plain PyTorch implementation of the region sampling operators, for any device.
 
 It is the oracle of the tests and the fallback where no compiled kernel exists. Half precision sums
-in float32 and rounds once. Nothing here reads a device tensor on the host, except the checks that
-`checked()` allows.
+in float32 and rounds once. Nothing here reads the values of an accelerator's tensor on the host.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def checked(tensor: Tensor) -> bool:
-    """True when index values may be read on the host: on CPU, or with PATCHREG_OPS_DEBUG=1."""
-    return tensor.device.type == "cpu" or os.environ.get("PATCHREG_OPS_DEBUG") == "1"
 
 
 def check_choice_range(choice: Tensor, splits: Sequence[int]) -> None:
@@ -74,7 +67,7 @@ def _region_rows(
 def region_lengths(
     choice: Tensor, splits: Sequence[int], height: int, width: int, extra: int
 ) -> Tensor:
-    if checked(choice):
+    if choice.is_cpu:
         check_choice_range(choice, splits)
     return _region_rows(choice, splits, height, width)[1].sum((1, 2)) + extra
 
@@ -82,12 +75,12 @@ def region_lengths(
 def region_plan(
     choice: Tensor, splits: Sequence[int], height: int, width: int, extra: int, total: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if checked(choice):
+    if choice.is_cpu:
         check_choice_range(choice, splits)
     batch, device, region = choice.shape[0], choice.device, max(splits)
     step, counts, columns = _region_rows(choice, splits, height, width)
     lengths = counts.sum((1, 2)) + extra
-    if checked(choice):
+    if choice.is_cpu:
         check_total(lengths, total)
 
     image_start = lengths.cumsum(0) - lengths

@@ -10,6 +10,7 @@ Hr x Wr regions, S splits, L packed rows, Nd rows per image of the dense variant
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -86,6 +87,9 @@ def row_lengths(
     """
     splits = _check_geometry(splits, height, width, extra)
     _check_choice(choice, splits, height, width)
+    _note(choice)
+    if _debugs(choice):
+        reference.check_choice_range(choice, splits)
     return _ops.region_lengths(choice, splits, height, width, extra)
 
 
@@ -122,14 +126,18 @@ def row_plan(
         are clipped instead of leaving rows uninitialised; the lengths stay on the device.
     """
     splits = _check_geometry(splits, height, width, extra)
-    _check_choice(choice, splits, height, width)
-    _note(choice)
     if total is None:
-        total = int(_ops.region_lengths(choice, splits, height, width, extra).sum())
-    elif total < 0:
-        raise ValueError(
-            f"total is {total}; expected the number of rows. Pass None to have it counted."
-        )
+        total = int(row_lengths(choice, splits, height, width, extra).sum())
+    else:
+        _check_choice(choice, splits, height, width)
+        _note(choice)
+        if total < 0:
+            raise ValueError(
+                f"total is {total}; expected the number of rows. Pass None to have it counted."
+            )
+        if _debugs(choice):
+            lengths = row_lengths(choice, splits, height, width, extra)
+            reference.check_total(lengths, total)
     rows, lengths, owner = _ops.region_plan(choice, splits, height, width, extra, total)
     return RowPlan(rows, lengths, owner, (height, width, extra))
 
@@ -331,6 +339,13 @@ def decompress_dense(
 def _note(tensor: Tensor) -> None:
     if not torch.compiler.is_compiling():
         _library.note_device(tensor.device.type)
+
+
+def _debugs(tensor: Tensor) -> bool:
+    """True when an accelerator's values are to be read; the kernels check a CPU's on their own."""
+    if torch.compiler.is_compiling() or tensor.is_cpu:
+        return False
+    return os.environ.get("PATCHREG_OPS_DEBUG") == "1"
 
 
 def _check_geometry(splits: Sequence[int], height: int, width: int, extra: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-// Geometry shared by the CPU and the CUDA kernels: squares of the token grid, dense and packed rows.
+// Geometry shared by the CPU and the CUDA kernels: squares of the grid, dense and packed rows.
 #pragma once
 
 #include <cstdint>
@@ -94,7 +94,8 @@ struct Region {
   PATCHREG_HD int32_t count() const { return lines * columns; }
 };
 
-PATCHREG_HD Region region_at(const Grid& grid, const Splits& splits, int32_t index, int64_t choice) {
+PATCHREG_HD Region region_at(const Grid& grid, const Splits& splits, int32_t index,
+                             int64_t choice) {
   const int32_t y = index / splits.region_columns * splits.region;
   const int32_t x = index % splits.region_columns * splits.region;
   const int32_t step = splits.chosen_step(choice);

@@ -37,8 +37,8 @@ using c10::Half;
 
 constexpr int64_t kChunk = 512;  // channels summed at once, so that the sums stay in the L1 cache
 constexpr int64_t kLanes = 16;
-constexpr int64_t kLead = 64 << 10;   // bytes that reading runs ahead: about one line of regions
-constexpr int64_t kLarge = 8 << 20;   // an output this large will have left the cache when it is read
+constexpr int64_t kLead = 64 << 10;  // bytes that reading runs ahead: about one line of regions
+constexpr int64_t kLarge = 8 << 20;  // an output this large has left the cache when it is read
 
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -55,7 +55,8 @@ PATCHREG_INLINE void add_group(Sum<T>* sum, const T* source, int64_t stride, int
 }
 
 template <typename T>
-PATCHREG_INLINE void add_line(Sum<T>* sum, const T* source, int64_t tokens, int64_t stride, int64_t n) {
+PATCHREG_INLINE void add_line(Sum<T>* sum, const T* source, int64_t tokens, int64_t stride,
+                              int64_t n) {
   for (; tokens >= 4; tokens -= 4, source += 4 * stride) add_group<4, T>(sum, source, stride, n);
   for (; tokens >= 2; tokens -= 2, source += 2 * stride) add_group<2, T>(sum, source, stride, n);
   if (tokens == 1) add_group<1, T>(sum, source, stride, n);
@@ -282,8 +283,9 @@ std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? std::optional<Tensor>(tensor->contiguous()) : std::nullopt;
 }
 
-#define PATCHREG_DISPATCH(TENSOR, NAME, ...) \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (TENSOR).scalar_type(), NAME, __VA_ARGS__)
+#define PATCHREG_DISPATCH(TENSOR, NAME, ...)                                              \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (TENSOR).scalar_type(), NAME, \
+                                  __VA_ARGS__)
 
 // ---- row plan ----
 
@@ -313,15 +315,16 @@ Tensor region_lengths(const Tensor& choice_in, at::IntArrayRef split_values, int
   for (int64_t b = 0; b < batch; ++b) {
     length[b] = extra;
     for (int64_t i = 0; i < regions; ++i) {
-      length[b] += region_at(grid, splits, static_cast<int32_t>(i), chosen[b * regions + i]).count();
+      const int64_t index = b * regions + i;
+      length[b] += region_at(grid, splits, static_cast<int32_t>(i), chosen[index]).count();
     }
   }
   return lengths;
 }
 
-std::tuple<Tensor, Tensor, Tensor> region_plan(const Tensor& choice_in, at::IntArrayRef split_values,
-                                               int64_t height, int64_t width, int64_t extra,
-                                               int64_t total) {
+std::tuple<Tensor, Tensor, Tensor> region_plan(const Tensor& choice_in,
+                                               at::IntArrayRef split_values, int64_t height,
+                                               int64_t width, int64_t extra, int64_t total) {
   const Tensor lengths = region_lengths(choice_in, split_values, height, width, extra);
   const Grid grid = make_grid(height, width, extra);
   const Splits splits = make_splits(split_values, grid);
