@@ -7,6 +7,8 @@ the way to add an operator.
 from __future__ import annotations
 
 from ._library import build_info
+from .bilinear import bilinear_channelwise, bilinear_pointwise, bilinear_pointwise_packed
+from .ragged import ragged_attention, ragged_matmul
 from .region_sample import (
     RowPlan,
     compress,
@@ -21,12 +23,17 @@ from .region_sample import (
 
 __all__ = [
     "RowPlan",
+    "bilinear_channelwise",
+    "bilinear_pointwise",
+    "bilinear_pointwise_packed",
     "build_info",
     "compress",
     "compress_dense",
     "decompress",
     "decompress_dense",
     "dense_row_plan",
+    "ragged_attention",
+    "ragged_matmul",
     "region_grid",
     "row_lengths",
     "row_plan",

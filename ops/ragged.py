@@ -74,6 +74,8 @@ def ragged_matmul(
                 f"image {image}: op(a) has {inner_a} columns, op(b) {inner_b} rows; expected the "
                 "same. Check the lengths and the transpose flags."
             )
+    if not a_counts:  # Nothing tells the number of columns of a transposed b.
+        return a[..., :0] @ (b[..., :0] if transpose_b else b)
     first, second = _unpack(a, a_counts), _unpack(b, b_counts)
     first = first.transpose(2, 3) if transpose_a else first
     second = second.transpose(2, 3) if transpose_b else second
@@ -118,7 +120,9 @@ def ragged_attention(
                 f"{len(counts)} lengths need [h, B, M, d] = {expected}."
             )
     if 0 in (width, key.shape[2]):
-        raise ValueError(f"key has shape {tuple(key.shape)}; expected at least one key and channel.")
+        raise ValueError(
+            f"key has shape {tuple(key.shape)}; expected at least one key and channel."
+        )
     full = _unpack(query, counts).transpose(0, 1)
     out = F.scaled_dot_product_attention(
         full, key.transpose(0, 1), value.transpose(0, 1), scale=scale
