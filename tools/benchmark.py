@@ -12,6 +12,7 @@ import torch
 
 from patchreg import benchmarks
 from patchreg.utils.errors import ConfigError, run_tool
+from patchreg.utils.files import write_safely
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,10 +47,8 @@ def main() -> int:
         f"{arguments.device} {where}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
     if arguments.json:
-        partial = Path(arguments.json).with_suffix(".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(rows, indent=1))
-        partial.replace(arguments.json)
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
+        write_safely(arguments.json, json.dumps(rows, indent=1).encode())
     return 1 if any(row["ok"] is False for row in rows) else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from patchreg.registry import MODELS
 from patchreg.runner.build import EngineRunner, config_errors, load_config, resolve_checkpoint
 from patchreg.runner.checkpoint import load_state
 from patchreg.utils.errors import ConfigError
+from patchreg.utils.files import write_safely
 from patchreg.utils.weights import load_file, state_dict_of
 
 
@@ -218,9 +220,8 @@ def write_csv(rows: Sequence[Row], path: str | Path) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    partial.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(asdict(rows[0])), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_safely(path, text.getvalue().encode())

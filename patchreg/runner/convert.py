@@ -23,6 +23,7 @@ import torch
 
 from patchreg.registry import SCOPE, discover
 from patchreg.utils.errors import CheckpointError, ConfigError
+from patchreg.utils.files import replace_safely
 from patchreg.utils.weights import container_of, load_file, state_dict_of
 
 _SHOWN = 3
@@ -102,7 +103,7 @@ def _write(target: str, write: Callable[[str], Any]) -> None:
     partial = str(Path(target).with_name(f".{Path(target).name}.{os.getpid()}.partial"))
     try:
         write(partial)
-        os.replace(partial, target)
+        replace_safely(partial, target)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"'{target}' cannot be written: {error}") from error
     finally:

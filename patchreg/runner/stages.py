@@ -13,6 +13,7 @@ from patchreg.runner.build import default_work_dir, latest_checkpoint, load_conf
 from patchreg.runner.launch import init_processes
 from patchreg.runner.run import evaluate, process_group, train
 from patchreg.utils.errors import ConfigError, MissingFileError
+from patchreg.utils.files import write_safely
 
 _RECORD = "stages.json"
 
@@ -74,11 +75,14 @@ def _run(
     dry_run: bool,
     shared: dict[str, Any],
 ) -> None:
+    first = int(os.environ.get("RANK", 0)) == 0
     for number, (leaf, target, earlier, trains) in enumerate(plan, 1):
-        if leaf in record and not dry_run:
-            print(f"stage {number}/{len(plan)}: {leaf} is finished")
+        finished = leaf in record and not dry_run
+        if first:
+            what = "is finished" if finished else f"-> {target}"
+            print(f"stage {number}/{len(plan)}: {leaf} {what}", flush=True)
+        if finished:
             continue
-        print(f"stage {number}/{len(plan)}: {leaf} -> {target}", flush=True)
         options: dict[str, Any] = dict(work_dir=target, moved=earlier, dry_run=dry_run)
         if trains:
             train(leaf, resume="auto" if resume else None, **options, **shared)
@@ -86,8 +90,6 @@ def _run(
         else:
             used = {key: shared[key] for key in ("launcher", "seed") if key in shared}
             result = {"metrics": evaluate(leaf, **options, **used)}
-        if not dry_run and int(os.environ.get("RANK", 0)) == 0:
+        if not dry_run and first:
             record[leaf] = result
-            partial = record_path.with_suffix(".partial")
-            partial.write_text(json.dumps(record, indent=1))
-            partial.replace(record_path)
+            write_safely(record_path, json.dumps(record, indent=1).encode())

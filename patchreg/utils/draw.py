@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from patchreg.structures import PatchSelection
+from patchreg.utils.files import write_safely
 
 
 def draw_selection(
@@ -80,7 +82,7 @@ def draw_selection(
     figure.colorbar(shown, ax=axes[1, :].tolist(), label=meaning, shrink=0.9)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=140, format=path.suffix.lstrip(".") or "png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=140, format=path.suffix.lstrip(".") or "png")
     plt.close(figure)
-    partial.replace(path)
+    write_safely(path, picture.getvalue())
