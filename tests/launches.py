@@ -90,14 +90,16 @@ def rows(work_dir: Path) -> list[dict]:
     return found
 
 
-def scalars(work_dir: Path) -> dict[tuple[bool, int], dict]:
+def scalars(work_dir: Path) -> dict[tuple[str, int], dict]:
     """Return the scalars of a run without its times.
 
     A resumed run logs again what the killed one had logged after its last checkpoint, so that the scalars of a
     run are the last row of every step; training and validation rows count their steps apart.
     """
     return {
-        ("loss" in row, row["step"]): {key: row[key] for key in row if "time" not in key}
+        ("train" if "loss" in row else "val", row["step"]): {
+            key: row[key] for key in row if "time" not in key
+        }
         for row in rows(work_dir)
     }
 

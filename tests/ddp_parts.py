@@ -1,0 +1,118 @@
+"""Parts and runs for the tests of several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+
+from patchreg.registry import HOOKS, MODELS
+from patchreg.runner import run as engine
+from patchreg.runner.launch import init_processes
+from patchreg.runner.run import process_group
+from patchreg.runner.stop import TrainingStopped
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = """
+_base_ = ["{root}/configs/dge/quick.py"]
+custom_imports = dict(imports=["ddp_parts"])
+model = dict(
+    backbone=dict(
+        arch=dict(embed_dims=32, depth=2, num_heads=2), drop_path_rate=0.3, drop_path_mode="query"
+    ),
+    head=dict(in_channels=32),
+    budget_loss=dict(scope="global", loss_weight=4.0),
+)
+data_preprocessor = dict(batch_augment=dict(type="BatchMixup", scope="global"))
+optim_wrapper = dict(
+    _delete_=True, type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05)
+)
+param_scheduler = dict(_delete_=True, type="ConstantLR", factor=1.0)
+train_cfg = dict(max_epochs=2)
+train_dataloader = dict(batch_size=16, dataset=dict(data_root="nowhere", subset=160))
+val_dataloader = dict(batch_size=8, dataset=dict(data_root="nowhere", indices=51))
+test_dataloader = val_dataloader
+custom_hooks = [dict(type="RecordLossHook")]
+default_hooks = dict(logger=dict(interval=1))
+"""
+"""20 steps of `configs/dge/quick.py` with everything that draws; 51 images do not divide by two."""
+
+
+def in_float64() -> None:
+    """Register the classifier in float64, preprocessor included, once."""
+    if "DoubleDGEClassifier" in MODELS:
+        return
+    base: Any = MODELS.get("DGEClassifier")
+
+    class DoubleDGEClassifier(base):
+        """A `DGEClassifier` in float64, from its construction on, so that its data parallel wrapper agrees."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.double()
+
+        __init__.__wrapped__ = base.__init__  # type: ignore[attr-defined]
+
+    MODELS.register_module(module=DoubleDGEClassifier)
+
+
+in_float64()
+
+
+@HOOKS.register_module()
+class RecordLossHook(Hook):
+    """Write this process's loss of every iteration to the work dir; terminate one process if asked.
+
+    Args:
+        terminate: Rank that gets a SIGTERM, or None.
+        at: Iterations done at that time.
+    """
+
+    def __init__(self, terminate: int | None = None, at: int = 0) -> None:
+        self.terminate, self.at = terminate, at
+        self.losses: list[float] = []
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Keep the loss."""
+        self.losses.append(outputs["loss"].item())
+        if self.terminate == get_rank() and self.at == runner.iter + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def after_train(self, runner: Any) -> None:
+        """Write the losses."""
+        torch.save(self.losses, Path(runner.work_dir, f"losses_{get_rank()}.pt"))
+
+
+def run(jobs: list[dict[str, Any]]) -> list[int]:
+    """Run trainings one after the other and return their exit codes."""
+    codes = []
+    for job in jobs:
+        try:
+            engine.train(**job)
+            codes.append(0)
+        except TrainingStopped as stopped:
+            codes.append(stopped.code)
+    return codes
+
+
+def losses(work_dir: Path) -> torch.Tensor:
+    """Return the losses of a run, as means over its processes."""
+    files = sorted(work_dir.glob("losses_*.pt"))
+    return torch.tensor([torch.load(file) for file in files], dtype=torch.float64).mean(0)
+
+
+def main() -> None:
+    """Be one process of a launch: run the jobs of the file given, write their exit codes beside it."""
+    with process_group():
+        init_processes("pytorch")
+        found = run(json.loads(Path(sys.argv[1]).read_text()))
+    Path(sys.argv[1]).with_suffix(f".codes{os.environ['RANK']}").write_text(json.dumps(found))
