@@ -1,7 +1,7 @@
 """Metadata and dependencies of patchreg; builds the compiled operators when this machine can.
 
 PATCHREG_BUILD_OPS: unset = try and report; 0 = skip; 1 = fail the installation when nothing was
-built. TORCH_CUDA_ARCH_LIST: GPU architectures (default 8.0;9.0+PTX; no visible GPU is needed).
+built. PATCHREG_BUILD_CUDA=0: leave out the CUDA kernels (they take a minute and a half). TORCH_CUDA_ARCH_LIST: GPU architectures (default 8.0;9.0+PTX; no visible GPU is needed).
 The build needs the torch of the target environment: `pip install --no-build-isolation .`
 """
 
@@ -66,7 +66,8 @@ def extension_arguments():
     except Exception as error:
         give_up(f"torch does not import here ({error})", "install torch, " + FIX)
         return {}
-    root = toolkit_root() if torch.version.cuda else None
+    cuda = torch.version.cuda and os.environ.get("PATCHREG_BUILD_CUDA", "1") != "0"
+    root = toolkit_root() if cuda else None
     if root is not None:
         os.environ["CUDA_HOME"] = str(root)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
@@ -147,7 +148,7 @@ setup(
         "mmcv-lite>=2.1",
         "mmpretrain>=1.2.0",
         "timm>=1.0",
-        "numpy",
+        "numpy>=1.24",
         "pillow",
         "matplotlib",
         "packaging",

@@ -4,11 +4,22 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/environment.sh
+# CUDA sources must compile wherever there is a compiler for them, GPU or not.
+if command -v nvcc >/dev/null; then
+    export PATCHREG_BUILD_CUDA=1
+fi
 make_environment "[dev]"
 
 if command -v c++ >/dev/null; then
     say "region ops"
-    PATCHREG_OPS=require python -c 'import patchreg_ops'
+    PATCHREG_OPS=require python - <<'PYTHON_CODE'
+import os, shutil, sys
+import patchreg_ops, torch
+info = patchreg_ops.build_info()
+wanted = ["cpu"] + (["cuda"] if shutil.which("nvcc") and torch.version.cuda else [])
+missing = [kind for kind in wanted if not info[kind]]
+sys.exit(f"compiled region ops are missing for {missing}: {info}" if missing else 0)
+PYTHON_CODE
 fi
 say "ruff"
 ruff check .

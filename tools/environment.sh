@@ -1,5 +1,6 @@
 # Sourced by quickstart.sh and check.sh: a virtual environment with the tested versions.
 # PYTHON: interpreter to use (default python3). VENV: folder of the environment (default .venv).
+# PATCHREG_BUILD_CUDA: 1 compiles the CUDA kernels, 0 leaves them out (default: 1 where a GPU is visible).
 # PATCHREG_TORCHSORT=1: build the optional torchsort too.
 
 say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
@@ -19,6 +20,10 @@ make_environment() { # make_environment EXTRAS
     say "installing (torch and torchvision from one index, then patchreg with its ops)"
     python -m pip install -q -c tools/constraints.txt -U pip setuptools wheel ninja
     python -m pip install -q -c tools/constraints.txt torch torchvision
+    if [ -z "${PATCHREG_BUILD_CUDA:-}" ]; then
+        PATCHREG_BUILD_CUDA=$(python -c 'import torch; print(int(torch.cuda.is_available()))')
+        export PATCHREG_BUILD_CUDA
+    fi
     python -m pip install -q -c tools/constraints.txt --no-build-isolation -e ".$1"
     python - <<'PYTHON_CODE'
 import patchreg_ops, torch

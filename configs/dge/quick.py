@@ -22,7 +22,8 @@ model = dict(
         drop_path_rate=0.0,
     ),
     head=dict(num_classes=10, in_channels=128, loss=dict(label_smooth=0.1)),
-    budget_loss=dict(accounting="corrected"),
+    # A light hand on the budget: routers stay fine while features form, and cost falls late.
+    budget_loss=dict(accounting="corrected", loss_weight=0.1),
     accounting="corrected",
 )
 custom_hooks = [dict(type="ProgressHook")]
