@@ -221,7 +221,8 @@ def resize_pos_embed(
         return pos_embed
     dims = pos_embed.shape[-1]
     cells = pos_embed[:, extra:].reshape(1, *old_grid, dims).permute(0, 3, 1, 2)
-    cells = F.interpolate(cells.float(), size=tuple(new_grid), mode=mode, align_corners=False)
+    cells = cells.float() if cells.element_size() < 4 else cells
+    cells = F.interpolate(cells, size=tuple(new_grid), mode=mode, align_corners=False)
     cells = cells.to(pos_embed.dtype).permute(0, 2, 3, 1).reshape(1, -1, dims)
     return torch.cat((pos_embed[:, :extra], cells), dim=1)
 

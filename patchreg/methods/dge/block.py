@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from patchreg.methods.dge.cost import BlockCost, BlockRouting, query_table
 from patchreg.methods.dge.router import DynamicGrainedEncoder, region_mean
-from patchreg.models.layers import Mlp, attend, check_heads, drop_path
+from patchreg.models.backbones.pvt import SpatialReductionAttention
+from patchreg.models.layers import Mlp, attend, drop_path
 
 
 class HostCopy:
@@ -113,58 +114,12 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows
     return out.index_select(0, slot) if padded else out
 
 
-class DGEAttention(nn.Module):
-    """Attention whose queries and keys come from different token sets.
+class DGEAttention(SpatialReductionAttention):
+    """Attention whose queries and keys come from different token sets; queries may be packed.
 
     Source:
         Official DeiT-DGE and PVT-DGE `Attention`.
-
-    Args:
-        dims: Channels C.
-        num_heads: Heads; divides `dims`.
-        qkv_bias: Bias of the query and key/value projections.
-        drop_rate: Dropout after the output projection, in [0, 1).
-        sr_ratio: Keys and values come from squares of this many tokens per side (only with E = 0);
-            1 for none.
     """
-
-    def __init__(
-        self,
-        dims: int,
-        num_heads: int,
-        qkv_bias: bool = True,
-        drop_rate: float = 0.0,
-        sr_ratio: int = 1,
-    ) -> None:
-        super().__init__()
-        self.num_heads = check_heads(dims, num_heads)
-        self.sr_ratio = sr_ratio
-        self.q = nn.Linear(dims, dims, bias=qkv_bias)
-        self.kv = nn.Linear(dims, 2 * dims, bias=qkv_bias)
-        if sr_ratio > 1:
-            self.sr = nn.Conv2d(dims, dims, sr_ratio, sr_ratio)
-            self.norm = nn.LayerNorm(dims)
-        self.proj = nn.Linear(dims, dims)
-        self.drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
-
-    def keys(self, source: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Project keys and values.
-
-        Args:
-            source: Normed tokens.
-            grid: Their grid (H, W).
-
-        Shape:
-            source [B, N, C]; returns two tensors [B, h, M, d].
-        """
-        batch, _, dims = source.shape
-        if self.sr_ratio > 1:
-            pixels = source.transpose(1, 2).reshape(batch, dims, *grid)
-            source = self.norm(self.sr(pixels).flatten(2).transpose(1, 2))
-        heads = self.num_heads
-        pair = self.kv(source).view(batch, source.shape[1], 2, heads, dims // heads)
-        key, value = pair.permute(2, 0, 3, 1, 4).unbind(0)
-        return key, value
 
     def forward(
         self, tokens: Tensor, keys: tuple[Tensor, Tensor], rows: PackedRows | None = None
@@ -179,15 +134,10 @@ class DGEAttention(nn.Module):
         Shape:
             tokens [B, Q, C] or [L, C]; returns the same.
         """
-        key, value = keys
-        query = self.q(tokens)
-        query = query.unflatten(-1, (self.num_heads, query.shape[-1] // self.num_heads))
         if rows is None:
-            out = attend(query.transpose(1, 2), key, value)
-            out = out.transpose(1, 2).reshape(tokens.shape)
-        else:
-            out = packed_attention(query, key, value, rows)
-        return self.drop(self.proj(out))
+            return super().forward(tokens, keys)
+        query = self.q(tokens).unflatten(-1, (self.num_heads, keys[0].shape[-1]))
+        return self.drop(self.proj(packed_attention(query, *keys, rows)))
 
 
 class DGEBlock(nn.Module):
@@ -257,6 +207,14 @@ class DGEBlock(nn.Module):
             sr_ratio=self.attn.sr_ratio,
             upstream_products=self.upstream_products,
         )
+
+    def macs(self, tokens: int) -> float:
+        """Count the multiply-accumulates for one image when every token is a query.
+
+        Args:
+            tokens: Tokens N of an image.
+        """
+        return self.cost(tokens).static("corrected")
 
     def forward(
         self,

@@ -121,6 +121,14 @@ class BlockCost:
         attention = products * self.keys * self.dims + 3 * self.keys * self.num_heads
         return float(2 * self.dims**2 + attention + 2 * self.dims * self.mlp_dims + self.mlp_dims)
 
+    def static(self, accounting: str) -> float:
+        """Return the cost when every token is a query.
+
+        Args:
+            accounting: `upstream` or `corrected`.
+        """
+        return self.fixed + self.tokens * self.per_query(accounting)
+
 
 @dataclass(eq=False)
 class BlockRouting:
@@ -216,9 +224,8 @@ class Routing:
         Args:
             accounting: `upstream` or `corrected`.
         """
-        costs = [block.static_cost for block in self.blocks]
         return self.constants[accounting] + sum(
-            cost.fixed + cost.tokens * cost.per_query(accounting) for cost in costs
+            block.static_cost.static(accounting) for block in self.blocks
         )
 
     @property

@@ -7,6 +7,7 @@ regions of r x r tokens, S splits, K classes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,55 @@ def check_grid(
             f"tokens; use images of {text} px (height x width), or region_padding=True"
         )
     return -(-grid[0] // region), -(-grid[1] // region)
+
+
+def check_modes(eval_path: str, drop_path_mode: str) -> None:
+    """Check names that the backbones with routers take.
+
+    Args:
+        eval_path: `sparse` or `dense`.
+        drop_path_mode: `query` or `sample`.
+
+    Raises:
+        ConfigError: One is unknown.
+    """
+    if eval_path not in ("sparse", "dense"):
+        raise ConfigError(f"eval_path={eval_path!r} is unknown; use 'sparse' or 'dense'")
+    if drop_path_mode not in ("query", "sample"):
+        raise ConfigError(f"drop_path_mode={drop_path_mode!r} is unknown; use 'query' or 'sample'")
+
+
+def spread_regions(
+    values: Tensor, grid: tuple[int, int], finest: tuple[int, int], cells: Sequence[int]
+) -> Tensor:
+    """Give each region of the finest grid the value of the region of another grid around its middle.
+
+    Args:
+        values: One value for every region.
+        grid: Token grid (H, W) of the values.
+        finest: Finest token grid of the model.
+        cells: Regions (rows, columns) of the finest grid.
+
+    Shape:
+        values [B, Hr, Wr]; returns [B, rows, columns].
+    """
+    for dim, (own, fine, count) in enumerate(zip(grid, finest, cells, strict=True), start=1):
+        if own != fine:
+            middle = torch.arange(count, device=values.device) * 2 + 1
+            index = (middle * own).div(2 * fine, rounding_mode="floor")
+            values = values.index_select(dim, index.clamp(max=values.shape[dim] - 1))
+    return values
+
+
+def reset_routers(model: nn.Module) -> None:
+    """Draw fresh weights for all routers of a model.
+
+    Args:
+        model: Model that is changed in place.
+    """
+    for part in model.modules():
+        if isinstance(part, DynamicGrainedEncoder):
+            part.router.reset_parameters()
 
 
 def draw_drop_path(
@@ -128,12 +178,7 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
         init_cfg: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        if eval_path not in ("sparse", "dense"):
-            raise ConfigError(f"eval_path={eval_path!r} is unknown; use 'sparse' or 'dense'")
-        if drop_path_mode not in ("query", "sample"):
-            raise ConfigError(
-                f"drop_path_mode={drop_path_mode!r} is unknown; use 'query' or 'sample'"
-            )
+        check_modes(eval_path, drop_path_mode)
         self.splits = check_splits(splits)
         self.sparse_train = sparse_train
         self.eval_path = eval_path
@@ -167,9 +212,7 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
     def reset_parameters(self) -> None:
         """Draw fresh weights; routers last, because the general way would undo theirs."""
         super().reset_parameters()
-        for part in self.modules():
-            if isinstance(part, DynamicGrainedEncoder):
-                part.router.reset_parameters()
+        reset_routers(self)
 
     def forward(
         self,
@@ -263,9 +306,9 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
             grid: Token grid (H, W).
         """
         tokens = self.extra + grid[0] * grid[1]
-        costs = [block.cost(tokens) for block in self.blocks if isinstance(block, DGEBlock)]
-        blocks = sum(cost.fixed + cost.tokens * cost.per_query("corrected") for cost in costs)
-        return self.embedding_macs(grid)["corrected"] + blocks
+        blocks = [block for block in self.blocks if isinstance(block, DGEBlock)]
+        embedding = self.embedding_macs(grid)["corrected"]
+        return embedding + sum(block.macs(tokens) for block in blocks)
 
 
 class FrozenTeacher:
@@ -427,7 +470,8 @@ class DGEClassifier(PatchClassifier):
     def select(self, inputs: Tensor) -> PatchSelection:
         """Say how finely each region is looked at.
 
-        Cells are regions. `resolution` is the share s^2 / r^2 of full sampling, averaged over the
+        Cells are regions, in a pyramid those of the finest stage, to which the choices of coarser
+        stages are spread. `resolution` is the share s^2 / r^2 of full sampling, averaged over the
         blocks. `score` is the same plus the share expected under the routers' softmax, scaled down
         so that it only breaks ties. `keep` marks regions that any block looks at above the coarsest
         granularity.
@@ -445,15 +489,27 @@ class DGEClassifier(PatchClassifier):
         splits = blocks[0].splits
         region = max(splits)
         shares = torch.tensor([(split / region) ** 2 for split in splits], device=inputs.device)
-        resolution = torch.stack([shares[block.choice] for block in blocks]).mean(0)
+        finest = max(blocks, key=lambda block: math.prod(block.grid))
+        cells = finest.choice.shape[1:]
+        resolution = torch.stack(
+            [
+                spread_regions(shares[block.choice], block.grid, finest.grid, cells)
+                for block in blocks
+            ]
+        ).mean(0)
         expected = torch.stack(
-            [block.logits.float().softmax(-1) @ shares for block in blocks]
+            [
+                spread_regions(
+                    block.logits.float().softmax(-1) @ shares, block.grid, finest.grid, cells
+                )
+                for block in blocks
+            ]
         ).mean(0)
         macs, dense_macs = self.cost(features)
         rows, columns = resolution.shape[1:]
         cell = (
-            region * inputs.shape[2] // features.grid[0],
-            region * inputs.shape[3] // features.grid[1],
+            region * inputs.shape[2] // finest.grid[0],
+            region * inputs.shape[3] // finest.grid[1],
         )
         selection = PatchSelection.from_grid(
             image_size=(rows * cell[0], columns * cell[1]),

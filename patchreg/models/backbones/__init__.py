@@ -1,7 +1,13 @@
 """Backbones that several methods share."""
 
 from .pixels import PixelBackbone
+from .pvt import PyramidVisionTransformerBackbone
 from .timm import TimmBackbone
 from .vit import VisionTransformerBackbone
 
-__all__ = ["PixelBackbone", "TimmBackbone", "VisionTransformerBackbone"]
+__all__ = [
+    "PixelBackbone",
+    "PyramidVisionTransformerBackbone",
+    "TimmBackbone",
+    "VisionTransformerBackbone",
+]
