@@ -13,12 +13,12 @@ from mmengine.config import Config
 from patchreg_ops import row_lengths, row_plan
 from torch import nn
 
-from patchreg.methods.dge.convert import from_official, to_official
+from patchreg.methods.dge.convert import convert, from_official, to_official
 from patchreg.methods.dge.cost import BlockRouting, Routing
 from patchreg.methods.dge.loss import DGEBudgetLoss
 from patchreg.methods.dge.model import spread_regions
 from patchreg.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
-from patchreg.utils.errors import ConfigError, DataError
+from patchreg.utils.errors import CheckpointError, ConfigError, DataError
 from patchreg.utils.random import batch_random
 
 DTYPES = pytest.mark.parametrize(
@@ -593,3 +593,143 @@ def test_unknown_architecture_and_noise_that_does_not_fit():
         MODELS.build(dict(type=KINDS["pvt"], arch="smal"))
     with pytest.raises(DataError, match="one for each of 5 blocks"):
         lively().extract(images(), [torch.zeros(2, 8, 8, 3)])
+
+
+# ---- checkpoints ----
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("leaf", "entries", "layout"),
+    [
+        ("pvt_tiny", None, "official"),
+        ("pvt_small", 349, "official"),
+        ("dense_pvt_small", 301, "plain"),
+        ("dense_pvt_large", None, "plain"),
+        ("dpvt_small", 280, "plain"),
+    ],
+)
+def test_published_layouts_go_round_bit_exact(leaf, entries, layout, project_root):
+    config = Config.fromfile(str(project_root / f"configs/dge/{leaf}.py")).model
+    with torch.device("meta"):
+        model = MODELS.build(config)
+    official = {
+        name: torch.tensor(SPLITS)
+        if name.endswith("splits")
+        else torch.rand(()).expand(value.shape)
+        for name, value in to_official(model.state_dict()).items()
+    }
+    assert entries in (None, len(official))
+    ours, report = convert(dict(model=official, epoch=7), "x.pth", "ours")
+    assert (report["from"], len(report["used"])) == (layout, len(official))
+    assert not report["missing"] + report["unexpected"] + report["changed"]
+    backbone = report["model"]["backbone"]
+    assert {name: backbone[name] for name in ("type", "arch")} == {
+        name: config.backbone[name] for name in ("type", "arch")
+    }
+    assert backbone["img_size"] == [256, 256]
+    assert report["model"]["head"]["pool"] == config.head.get("pool", "cls")
+    if leaf == "dpvt_small":
+        assert backbone["num_points"] == 4
+    model.load_state_dict(ours["state_dict"], assign=True)
+    back, _ = convert(ours, "ours.pth", layout)
+    same(back["model"], official)
+    assert back["epoch"] == 7
+    there, _ = convert(dict(model=official, epoch=7), "x.pth", "backbone")
+    assert list(there["model"])[0].startswith("backbone.bottom_up.model.")
+    again, report = convert(there, "detector.pth", "ours")
+    assert report["from"] == "backbone"
+    same(again["state_dict"], ours["state_dict"])
+
+
+@pytest.mark.parametrize("kind", ["pvt", "dge", "dpvt"])
+def test_report_tells_a_model_that_gives_the_same_logits(kind):
+    model = lively(kind)
+    ours, report = convert(dict(model=to_official(model.state_dict())), "x.pth", "ours")
+    config = report["model"]
+    assert config["backbone"]["arch"]["num_heads"] is None
+    config["backbone"]["arch"]["num_heads"] = (1, 2, 3, 4)  # A checkpoint does not tell them.
+    if kind == "dpvt":
+        config["backbone"]["num_points"] = 4
+    built = MODELS.build(dict(type="PatchClassifier", **config)).double().eval()
+    built.load_state_dict(ours["state_dict"])
+    with torch.no_grad():
+        assert torch.equal(built(images()), model.eval()(images()))
+
+
+def test_plain_and_routed_pyramids_convert_both_ways():
+    plain = to_official(lively("pvt").state_dict())
+    routed, report = convert(dict(model=plain), "x.pth", "ours", splits=(4, 2, 1), seed=3)
+    assert len(report["made"]) == 3 * 5
+    model = pyramid("dge").double().eval()
+    model.load_state_dict(routed["state_dict"])
+    force_choice(model, 0)
+    other = pyramid("pvt").double().eval()
+    other.load_state_dict(from_official(plain))
+    with torch.no_grad():
+        assert error(model(images()), other(images())) < 1e-12
+    back, report = convert(routed, "ours.pth", "plain")
+    same(back["model"], plain)
+    assert len(report["dropped"]) == 3 * 5
+    mixed = dict(sorted(plain.items(), reverse=True))  # Draws do not follow the order of the file.
+    shuffled, _ = convert(dict(model=mixed), "x.pth", "ours", splits=(4, 2, 1), seed=3)
+    same(dict(sorted(shuffled["state_dict"].items())), dict(sorted(routed["state_dict"].items())))
+
+
+def test_pyramid_is_fitted_to_another_size_and_other_classes():
+    plain = to_official(lively("pvt").state_dict())
+    made, report = convert(
+        dict(model=plain), "x.pth", "ours", img_size=[64, 96], num_classes=7, new_head=True
+    )
+    assert report["changed"] == [
+        "pos_embed1: 32 x 32 -> 16 x 24 cells, bilinear",
+        "pos_embed2: 16 x 16 -> 8 x 12 cells, bilinear",
+        "pos_embed3: 8 x 8 -> 4 x 6 cells, bilinear",
+        "pos_embed4: 4 x 4 -> 2 x 3 cells, bilinear",
+    ]
+    assert report["model"]["backbone"]["img_size"] == [64, 96]
+    model = pyramid("pvt", size=(64, 96)).double().eval()
+    model.head.head = nn.Linear(32, 7).double()
+    model.load_state_dict(made["state_dict"])
+    features = pyramid("pvt").double().eval()
+    features.load_state_dict(from_official(plain))
+    with torch.no_grad():
+        batch = images(64, 96)
+        found, expected = model.extract(batch).tokens, features.extract(batch).tokens
+    assert error(found, expected) < 1e-12
+
+
+def test_feature_extractor_has_maps_and_no_head():
+    state = load("dge", "model_pvt_dge_features").group("sd")
+    ours, report = convert(dict(model=state), "x.pth", "ours")
+    assert report["model"]["backbone"]["out_indices"] == [0, 1, 2, 3]
+    assert report["missing"] == ["head.weight", "head.bias"]
+    same(convert(ours, "ours.pth", "official")[0]["model"], state)
+    with pytest.raises(CheckpointError, match="has no final norm"):
+        convert(dict(model=state), "x.pth", "ours", num_classes=3, new_head=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "options", "message"),
+    [
+        ("dge", {"block1.0.dge.splits": torch.tensor([2, 1])}, {}, "has 2 different splits"),
+        ("dge", {}, dict(splits=[2, 1]), r"routers for splits \[4, 2, 1\]"),
+        ("dpvt", {}, dict(splits=[2, 1]), "a DPVT, which has no routers"),
+        ("pvt", {"pos_embed2": None}, {}, "no PVT, PVT-DGE or DPVT: check pos_embed2"),
+        ("pvt", {"block3.1.attn.kv.bias": None}, {}, "missing: block3.1.attn.kv.bias$"),
+        ("pvt", {"block4.0.ls": torch.zeros(1)}, {}, "not in the model: block4.0.ls$"),
+        ("pvt", {"norm.bias": torch.zeros(3)}, {}, r"norm.bias is \(3,\) instead of \(32,\)"),
+        ("pvt", {}, dict(img_size=[100]), "--img-size 100: expected one or two multiples of 32"),
+    ],
+)
+def test_pyramid_weights_that_do_not_fit_are_refused(kind, change, options, message):
+    state = to_official(pyramid(kind).state_dict()) | change
+    state = {name: value for name, value in state.items() if value is not None}
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        convert(dict(model=state), "x.pth", "ours", **options)

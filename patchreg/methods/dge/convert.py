@@ -1,9 +1,9 @@
 """Checkpoints of other layouts, both ways.
 
-Layouts: `official` is vtpack's DeiT-DGE (`patch_embed.*`, `blocks.*`, `head.*`), `plain` is a DeiT
-with one fused qkv projection under the same names (vtpack's and timm's), `ours` puts either below
-`backbone.` and `head.`, `backbone` puts either behind a prefix, for a detector. Between the ends
-everything is done on official names.
+Layouts: `official` is vtpack's DeiT-DGE (`patch_embed.*`, `blocks.*`, `head.*`) or PVT-DGE, `plain`
+is a model without routers: a DeiT with one fused qkv projection under the same names (vtpack's and
+timm's), or vtpack's PVT or DPVT. `ours` puts either below `backbone.` and `head.`, `backbone` puts
+either behind a prefix, for a detector. Between the ends everything is done on official names.
 
 Letters: C channels.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patchreg.methods.dge import convert_pyramid as pyramid
 from patchreg.methods.dge.router import DynamicGrainedEncoder, check_splits
 from patchreg.models.backbones.vit import ARCHITECTURES
 from patchreg.models.layers import init_transformer, resize_pos_embed
@@ -29,7 +30,7 @@ from patchreg.utils.weights import container_of, state_dict_of
 LAYOUTS = {
     "ours": "this project's model",
     "official": "vtpack's model",
-    "plain": "DeiT with fused qkv projections (vtpack, timm); routers are dropped",
+    "plain": "DeiT with fused qkv projections (vtpack, timm), or PVT; routers are dropped",
     "backbone": "vtpack's names behind a prefix, for a detector; other entries are kept",
 }
 """Layouts that `convert` reads and writes, with what they are."""
@@ -39,7 +40,7 @@ ALLOWED = (argparse.Namespace,)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--splits": dict(
-        type=int, nargs="+", metavar="S", help="give a plain DeiT fresh routers with these splits"
+        type=int, nargs="+", metavar="S", help="give a plain model fresh routers with these splits"
     ),
     "--num-classes": dict(type=int, metavar="N", help="classes the result must have"),
     "--new-head": dict(action="store_true", help="draw a fresh head with --num-classes classes"),
@@ -83,7 +84,7 @@ def convert(
         path: Where it came from, for messages.
         to: Layout wanted.
         layout: Layout of `loaded`, or `auto`.
-        splits: Give a plain DeiT fresh routers with these splits; a DGE model must have them.
+        splits: Give a plain model fresh routers with these splits; a DGE model must have them.
         num_classes: Classes that the result must have.
         new_head: Draw a fresh head of `num_classes` classes.
         img_size: Side, or height and width, in px, to resize the position embedding for.
@@ -97,7 +98,8 @@ def convert(
         the config of the model.
 
     Raises:
-        CheckpointError: The weights are no complete DeiT or DeiT-DGE, or not as the options say.
+        CheckpointError: The weights are no complete DeiT, PVT or DPVT, with or without routers, or
+            not as the options say.
         ConfigError: Options that do not fit together.
     """
     if prefix is not None and to != "backbone":
@@ -122,7 +124,7 @@ def convert(
         state = _add_routers(state, check_splits(splits), seed, path, made)
     elif to == "plain":
         dropped += [name for name in state if ".dge." in name]
-        state = merge_qkv(state)
+        state = without_routers(state) if pyramid.holds_pyramid(state) else merge_qkv(state)
     if num_classes is not None:
         dropped += _set_classes(state, num_classes, new_head, seed, path, made)
     size = None if img_size is None else _resize(state, img_size, path, changed)
@@ -179,7 +181,7 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a state dict of ours to the official names.
 
     Args:
-        state: State dict of a `DGEClassifier` or `PatchClassifier` with a ViT backbone.
+        state: State dict of a `DGEClassifier` or `PatchClassifier` with a ViT or pyramid backbone.
 
     Raises:
         CheckpointError: A key is neither below `backbone.` nor below `head.`.
@@ -237,6 +239,15 @@ def merge_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
+def without_routers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop routers and `splits`: what is left of a PVT-DGE is a PVT.
+
+    Args:
+        state: State dict in either layout.
+    """
+    return {key: value for key, value in state.items() if ".dge." not in key}
+
+
 def _weights(loaded: dict[str, Any], path: str, ema: bool, changed: list[str]) -> dict[str, Tensor]:
     state = state_dict_of(loaded, path)
     if not ema:
@@ -253,13 +264,21 @@ def _weights(loaded: dict[str, Any], path: str, ema: bool, changed: list[str]) -
 
 
 def _official_names(state: Mapping[str, Tensor], path: str) -> tuple[str, dict[str, str]]:
-    anchors = [key.removesuffix(ANCHOR) for key in state if key.endswith(ANCHOR)]
+    ends = (ANCHOR, pyramid.ANCHOR)
+    anchors = [key.removesuffix(end) for end in ends for key in state if key.endswith(end)]
     start = anchors[0] if len(anchors) == 1 else ""
     routed, fused = (f"{start}blocks.0.attn.{part}.weight" in state for part in ("q", "qkv"))
-    if not anchors or routed == fused:
+    if start + pyramid.ANCHOR in state:
+        known = any(f"{start}block1.0.attn.{part}.weight" in state for part in ("q", "v"))
+        routed = f"{start}block1.0.dge.router.gate.weight" in state
+    else:
+        known = routed != fused
+    if not anchors or not known:
         raise CheckpointError(
             f"'{path}' is no DeiT or DeiT-DGE: expected '{ANCHOR}' and 'blocks.0.attn.q.weight' or "
-            f"'blocks.0.attn.qkv.weight', alone or behind a prefix; found {_some(list(state))}"
+            f"'blocks.0.attn.qkv.weight', alone or behind a prefix (a PVT or DPVT: "
+            f"'{pyramid.ANCHOR}' and 'block1.0.attn.q.weight' or 'block1.0.attn.v.weight'); found "
+            f"{_some(list(state))}"
         )
     if not start:
         return "official" if routed else "plain", {key: key for key in state}
@@ -275,6 +294,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _grid(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    if pyramid.holds_pyramid(state):
+        return pyramid.grid(state)
     cells = state["pos_embed"].shape[1] - _extra(state)
     side = math.isqrt(max(cells, 1))
     return (side, side) if side * side == cells else (1, cells)
@@ -288,6 +309,25 @@ def _config(
     state: Mapping[str, Tensor], path: str, size: tuple[int, int] | None = None
 ) -> dict[str, dict[str, Any]]:
     """Read the config of a model off its shapes; they do not tell the number of heads."""
+    if pyramid.holds_pyramid(state):
+        splits = _splits(state, path) if any(".dge." in key for key in state) else None
+        backbone = pyramid.backbone_config(state, size, splits)
+    else:
+        backbone = _deit_config(state, path, size)
+    head = {
+        "type": "LinearHead",
+        "num_classes": len(state.get("head.weight", ())),
+        "in_channels": _width(state),
+        "pool": "cls" if "cls_token" in state else "mean",
+        "distilled": "head_dist.weight" in state,
+        "representation_size": len(state.get("pre_logits.fc.weight", ())) or None,
+    }
+    return {"backbone": backbone, "head": head}
+
+
+def _deit_config(
+    state: Mapping[str, Tensor], path: str, size: tuple[int, int] | None
+) -> dict[str, Any]:
     blocks = {int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))}
     dims, channels, patch, _ = state[ANCHOR].shape
     depth = max(blocks) + 1
@@ -312,15 +352,15 @@ def _config(
         backbone["splits"] = list(_splits(state, path))
         region = max(backbone["splits"])
         backbone["region_padding"] = bool(rows % region or columns % region)
-    head = {
-        "type": "LinearHead",
-        "num_classes": len(state.get("head.weight", ())),
-        "in_channels": dims,
-        "pool": "cls" if "cls_token" in state else "mean",
-        "distilled": "head_dist.weight" in state,
-        "representation_size": len(state.get("pre_logits.fc.weight", ())) or None,
-    }
-    return {"backbone": backbone, "head": head}
+    return backbone
+
+
+def _first(state: Mapping[str, Tensor]) -> Tensor:
+    return state[pyramid.ANCHOR if pyramid.holds_pyramid(state) else ANCHOR]
+
+
+def _width(state: Mapping[str, Tensor]) -> int:
+    return pyramid.widths(state)[-1] if pyramid.holds_pyramid(state) else len(state[ANCHOR])
 
 
 def _splits(state: Mapping[str, Tensor], path: str) -> tuple[int, ...]:
@@ -328,22 +368,28 @@ def _splits(state: Mapping[str, Tensor], path: str) -> tuple[int, ...]:
     if len(found) != 1:
         raise CheckpointError(
             f"'{path}' has {len(found)} different splits {sorted(found)}; expected one entry "
-            "'blocks.N.dge.splits' in every block, the same everywhere"
+            "'....dge.splits' in every block, the same everywhere"
         )
     return check_splits(found.pop())
 
 
 def _check(state: Mapping[str, Tensor], path: str) -> set[str]:
     """Compare names and shapes with the model of the same config; return heads it cannot use."""
-    basic = ("pos_embed", "blocks.0.mlp.fc1.weight")
-    lacking = [name for name in basic if name not in state]
-    if lacking or state[ANCHOR].ndim != 4 or state["pos_embed"].ndim != 3:
-        raise CheckpointError(
-            f"'{path}' is no DeiT or DeiT-DGE: check {_some(lacking or [ANCHOR])}"
-        )
+    if pyramid.holds_pyramid(state):
+        lacking = pyramid.lacking(state)
+    else:
+        basic = ("pos_embed", "blocks.0.mlp.fc1.weight")
+        lacking = [name for name in basic if name not in state]
+        if not lacking and (state[ANCHOR].ndim != 4 or state["pos_embed"].ndim != 3):
+            lacking = [ANCHOR]
+    if lacking:
+        kind = "PVT, PVT-DGE or DPVT" if pyramid.holds_pyramid(state) else "DeiT or DeiT-DGE"
+        raise CheckpointError(f"'{path}' is no {kind}: check {_some(lacking)}")
     config = _config(state, path)
     backbone, head = config["backbone"], config["head"]
-    if isinstance(backbone["arch"], dict):
+    if pyramid.holds_pyramid(state):
+        backbone = pyramid.buildable(backbone, state)
+    elif isinstance(backbone["arch"], dict):
         backbone = {**backbone, "arch": {**backbone["arch"], "num_heads": 1}}
     headless = not head["num_classes"]
     head = {**head, "num_classes": head["num_classes"] or 1}
@@ -372,28 +418,32 @@ def _check(state: Mapping[str, Tensor], path: str) -> set[str]:
 def _add_routers(
     state: dict[str, Tensor], splits: tuple[int, ...], seed: int, path: str, made: list[str]
 ) -> dict[str, Tensor]:
-    if "blocks.0.attn.q.weight" in state:
+    if any(".dge." in name for name in state):
         own = _splits(state, path)
         if own != splits:
             raise CheckpointError(
                 f"'{path}' has routers for splits {list(own)}, --splits asks for {list(splits)}; "
-                "routers cannot be changed: leave --splits out, or make a plain DeiT first with "
+                "routers cannot be changed: leave --splits out, or make a plain model first with "
                 "--to plain and give that fresh routers"
             )
         return state
-    weight = state[ANCHOR]
+    if pyramid.holds_pyramid(state) and pyramid.is_sampled(state):
+        raise CheckpointError(f"'{path}' is a DPVT, which has no routers; leave --splits out")
+    dtype, order = _first(state).dtype, pyramid.block_order(state)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-        fresh = [DynamicGrainedEncoder(len(weight), splits).state_dict() for _ in range(depth)]
+        fresh = {
+            block: DynamicGrainedEncoder(len(state[f"{block}.norm1.weight"]), splits).state_dict()
+            for block in order
+        }
     converted = {}
     for name, value in split_qkv(state).items():
         converted[name] = value
         if name.endswith(".mlp.fc2.bias"):
-            block = name.split(".")[1]
-            for part, drawn in fresh[int(block)].items():
-                dtype = weight.dtype if drawn.is_floating_point() else drawn.dtype
-                converted[f"blocks.{block}.dge.{part}"] = drawn.to(dtype)
+            block = name.removesuffix(".mlp.fc2.bias")
+            for part, drawn in fresh[block].items():
+                kind = dtype if drawn.is_floating_point() else drawn.dtype
+                converted[f"{block}.dge.{part}"] = drawn.to(kind)
     made += [name for name in converted if ".dge." in name]
     return converted
 
@@ -409,16 +459,20 @@ def _set_classes(
                 "give --new-head to replace it by a fresh one"
             )
         return []
+    if "norm.weight" not in state:
+        raise CheckpointError(
+            f"'{path}' has no final norm: it is a backbone that gives maps, and cannot get a head"
+        )
     heads = [part for part in ("head", "head_dist") if f"{part}.weight" in state]
     heads = heads or (["head", "head_dist"] if "dist_token" in state else ["head"])
-    width = state[ANCHOR].shape[0] if old is None else old.shape[1]
+    width = _width(state) if old is None else old.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for part in heads:
             layer = nn.Linear(width, classes)
             init_transformer(layer)
             for name, value in layer.state_dict().items():
-                state[f"{part}.{name}"] = value.to(state[ANCHOR].dtype)
+                state[f"{part}.{name}"] = value.to(_first(state).dtype)
                 made.append(f"{part}.{name}")
     return (
         [] if old is None else [f"{part}.{name}" for part in heads for name in ("weight", "bias")]
@@ -428,7 +482,8 @@ def _set_classes(
 def _resize(
     state: dict[str, Tensor], img_size: Sequence[int], path: str, changed: list[str]
 ) -> tuple[int, int]:
-    patch = state[ANCHOR].shape[-1]
+    is_pyramid = pyramid.holds_pyramid(state)
+    patch = pyramid.stride(state) if is_pyramid else state[ANCHOR].shape[-1]
     size = tuple(img_size) * 2 if len(img_size) == 1 else tuple(img_size)
     if len(size) != 2 or any(side < patch or side % patch for side in size):
         raise ConfigError(
@@ -440,7 +495,9 @@ def _resize(
             f"the position embedding of '{path}' has {old[1]} cells, which is no square, so its "
             "grid is not known and it cannot be resized"
         )
-    if old[0] == old[1] and old != new:
+    if old[0] == old[1] and old != new and is_pyramid:
+        pyramid.resize(state, size, changed)
+    elif old[0] == old[1] and old != new:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], old, new, _extra(state))
         changed.append(f"pos_embed: {old[0]} x {old[1]} -> {new[0]} x {new[1]} cells, bicubic")
     return size[0], size[1]
