@@ -67,9 +67,10 @@ def finish(run: subprocess.Popen, timeout: float = 240.0) -> int:
 def signal_after(
     run: subprocess.Popen, work_dir: Path, step: int, number: int, delay: float = 0.0
 ) -> int:
-    """Send a signal to a run and its workers once it has logged a step; return its exit code."""
+    """Send a signal to a run and its workers once it trains and a step is logged; return its exit code."""
     deadline = time.monotonic() + 240
-    while last_step(work_dir) < step:
+    before = len(rows(work_dir))
+    while len(rows(work_dir)) == before or last_step(work_dir) < step:
         assert run.poll() is None, work_dir.with_suffix(".out").read_text()[-3000:]
         assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.005)

@@ -18,6 +18,9 @@ import torch.distributed as dist
 
 from patchreg.hooks.checkpoint import CheckpointHook
 
+_PERIOD = 0.1
+"""Seconds between two exchanges of wishes."""
+_MOST = 1000
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -45,7 +48,7 @@ class StopSignals:
     """Notice SIGINT, SIGTERM and SIGUSR1 during a training; handlers are put back at the end.
 
     The first signal is a wish that `obey` grants; a second SIGINT interrupts at once. Processes of one run
-    agree on the iteration: each step exchanges the wishes of the step before, so that nobody waits.
+    agree on the iteration; they exchange wishes about ten times a second and do not wait for each other.
 
     Args:
         parts: Iterations per optimisation step. Several processes stop between steps only, because their
@@ -61,7 +64,10 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
         self._group: Any = None
         self._exchange: Any = None
-        self._wish = torch.zeros(1, dtype=torch.int64)
+        self._sent = torch.zeros(2, dtype=torch.float64)
+        self._last = time.monotonic()
+        self._count = 0
+        self._interval = 1
         self._agreed = 0
 
     def __enter__(self) -> StopSignals:
@@ -107,15 +113,28 @@ class StopSignals:
         if self._group is None:
             self._agreed = self.number
         elif not self._agreed:
-            if self._exchange is not None:
-                self._exchange.wait()
-                self._agreed = int(self._wish)
-            self._wish = torch.tensor([self.number])
-            self._exchange = dist.all_reduce(
-                self._wish, dist.ReduceOp.MAX, group=self._group, async_op=True
-            )
+            self._agree()
         if self._agreed and (self._group is None or runner.iter % self._parts == 0):
             self.stop(runner, self._agreed)
+
+    def _agree(self) -> None:
+        """Exchange wishes now and then: what was sent in one iteration is read in the next one."""
+        self._count += 1
+        if self._exchange is not None:
+            self._exchange.wait()
+            self._exchange = None
+            number, duration = self._sent.tolist()
+            self._agreed = int(number)
+            # All processes have the same duration, that of the slowest, so they go on alike.
+            self._interval = min(max(int(_PERIOD / max(duration, 1e-6)), 1), _MOST)
+        if self._count >= self._interval and not self._agreed:
+            now = time.monotonic()
+            duration = (now - self._last) / self._count
+            self._last, self._count = now, 0
+            self._sent = torch.tensor([self.number, duration], dtype=torch.float64)
+            self._exchange = dist.all_reduce(
+                self._sent, dist.ReduceOp.MAX, group=self._group, async_op=True
+            )
 
     def stop(self, runner: Any, number: int) -> None:
         """Save what the run continues from, say how, and leave.
