@@ -558,6 +558,13 @@ def test_selection_spreads_coarse_regions_over_the_finest():
     assert padded.grid == (14, 14)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", ["pvt", "dge", "dpvt"])
+def test_empty_batch(kind, training):
+    model = lively(kind, drop_path_rate=0.1).train(training)
+    assert model(images()[:0]).shape == (0, 10)
+
+
 def test_predictions_tell_granularities_of_all_blocks():
     model = lively(model_accounting="upstream").eval()
     targets = samples(torch.tensor([1, 2]))
