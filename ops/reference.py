@@ -67,6 +67,7 @@ def _region_rows(
 def region_lengths(
     choice: Tensor, splits: Sequence[int], height: int, width: int, extra: int
 ) -> Tensor:
+    """Queries of every image, [B] int64."""
     if choice.is_cpu:
         check_choice_range(choice, splits)
     return _region_rows(choice, splits, height, width)[1].sum((1, 2)) + extra
@@ -75,6 +76,7 @@ def region_lengths(
 def region_plan(
     choice: Tensor, splits: Sequence[int], height: int, width: int, extra: int, total: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [L, 4] (batch, y, x, step), lengths [B] and owner [B, N] of the packed layout."""
     if choice.is_cpu:
         check_choice_range(choice, splits)
     batch, device, region = choice.shape[0], choice.device, max(splits)
@@ -121,6 +123,7 @@ def _row_counts(rows: Tensor, height: int, width: int) -> Tensor:
 def region_pool(
     x: Tensor, rows: Tensor, owner: Tensor, height: int, width: int, extra: int, mean: bool
 ) -> Tensor:
+    """Sum or mean of the tokens [B, N, C] that every row covers, [L, C]."""
     wide = x.to(_accumulator(x.dtype))
     pooled = wide.new_zeros(rows.shape[0], x.shape[2])
     pooled = pooled.index_add_(0, owner.flatten(), wide.flatten(0, 1))
@@ -139,6 +142,7 @@ def region_unpool(
     extra: int,
     mean: bool,
 ) -> Tensor:
+    """Row of every token from packed rows [L, C], as they are or as shares of a mean, [B, N, C]."""
     wide = update.to(_accumulator(update.dtype))
     if mean:
         wide = wide / _row_counts(rows, height, width)[:, None]
@@ -158,6 +162,7 @@ def region_pool_out(
     mean: bool,
     out: Tensor,
 ) -> None:
+    """`region_pool` into a given tensor [L, C]."""
     out.copy_(region_pool(x, rows, owner, height, width, extra, mean))
 
 
@@ -172,6 +177,7 @@ def region_unpool_out(
     mean: bool,
     out: Tensor,
 ) -> None:
+    """`region_unpool` into a given tensor [B, N, C]."""
     out.copy_(region_unpool(update, rows, owner, reference, height, width, extra, mean))
 
 
@@ -205,6 +211,7 @@ def _row_weight(
 def region_pool_dense(
     x: Tensor, gate: Tensor | None, splits: Sequence[int], height: int, width: int, extra: int
 ) -> Tensor:
+    """`region_pool` for all granularities at once, [B, Nd, C]."""
     wide = x.to(_accumulator(x.dtype))
     cells = wide[:, extra:].unflatten(1, (height, width))
     parts = [wide[:, :extra]]
@@ -223,6 +230,7 @@ def region_unpool_dense(
     width: int,
     extra: int,
 ) -> Tensor:
+    """Gated sum over granularities of their rows [B, Nd, C], [B, N, C]."""
     wide = update.to(_accumulator(update.dtype))
     y = torch.arange(height, device=update.device)[:, None]
     x = torch.arange(width, device=update.device)[None, :]
@@ -243,6 +251,7 @@ def region_unpool_dense(
 def region_gate_dot(
     x: Tensor, update: Tensor, splits: Sequence[int], height: int, width: int, extra: int
 ) -> Tensor:
+    """Gradient [B, Hr, Wr, S] of the gated sum with respect to the gate."""
     dtype = _accumulator(x.dtype)
     cells = x[:, extra:].to(dtype).unflatten(1, (height, width))
     region = max(splits)

@@ -48,7 +48,7 @@ def tool(cwd: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    toy.write(tmp_path, "toy_cli")
+    toy.write(tmp_path)
     return tmp_path
 
 
@@ -134,7 +134,7 @@ def test_dry_run_prints_the_flow_and_writes_nothing(project: Path) -> None:
     assert done.returncode == 0, done.stderr
     for part in (
         "ToyClassifier",
-        "toy_cli.py:",
+        "toy_method.py:",
         "ToyDataset",
         "DefaultSampler",
         "AdamW",

@@ -14,24 +14,9 @@ from patchreg.utils.errors import ConfigError, MissingFileError
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = toy.write(tmp_path, "toy_strict")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    # The module is registered once per process; a second import under the same name is a no-op.
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _register_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    import sys
-
-    from patchreg.registry import MODELS
-
-    if "ToyClassifier" not in MODELS:
-        folder = tmp_path_factory.mktemp("registered")
-        toy.write(folder, "toy_strict")
-        sys.path.insert(0, str(folder))
-        __import__("toy_strict")
+def config(tmp_path: Path) -> Path:
+    toy.register()
+    return toy.write(tmp_path)
 
 
 MISTAKES: list[tuple[str, Callable[[str], str], list[str]]] = [
@@ -102,8 +87,8 @@ MISTAKES: list[tuple[str, Callable[[str], str], list[str]]] = [
     ),
     (
         "missing module of custom_imports",
-        lambda text: text.replace('imports=["toy_strict"]', 'imports=["toy_strickt"]'),
-        ["custom_imports", "toy_strickt"],
+        lambda text: text.replace('imports=["toy_method"]', 'imports=["toy_methot"]'),
+        ["custom_imports", "toy_methot"],
     ),
 ]
 

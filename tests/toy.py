@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
+MODULE = "toy_method"
 METHOD = '''
 import torch
 from mmengine.evaluator import BaseMetric
@@ -102,15 +107,28 @@ randomness = dict(seed=3)
 '''
 
 
-def write(folder: Path, module: str = "toy_method") -> Path:
+def register() -> None:
+    """Make the method known to this process, once; its classes cannot be registered twice."""
+    if MODULE in sys.modules:
+        return
+    folder = Path(tempfile.mkdtemp(prefix="patchreg-toy-"))
+    (folder / f"{MODULE}.py").write_text(METHOD)
+    sys.path.insert(0, str(folder))
+    try:
+        importlib.import_module(MODULE)
+    finally:
+        sys.path.remove(str(folder))
+        shutil.rmtree(folder)
+
+
+def write(folder: Path) -> Path:
     """Write the toy method and its config; return the config's path.
 
     Args:
         folder: Where to write.
-        module: Name of the module that holds the method.
     """
-    (folder / f"{module}.py").write_text(METHOD)
+    (folder / f"{MODULE}.py").write_text(METHOD)
     config = folder / "configs" / "toy" / "quick.py"
     config.parent.mkdir(parents=True)
-    config.write_text(CONFIG.replace("{module}", module))
+    config.write_text(CONFIG.replace("{module}", MODULE))
     return config

@@ -31,17 +31,9 @@ import toy
 @pytest.fixture(scope="session")
 def toy_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the toy method, registered in this process."""
-    from patchreg.registry import MODELS
-
     folder = tmp_path_factory.mktemp("toy")
-    toy.write(folder, "toy_engine")
-    if "ToyClassifier" not in MODELS:
-        sys.path.insert(0, str(folder))
-        __import__("toy_engine")
-    config = folder / "configs/toy/quick.py"
-    config.write_text(
-        config.read_text().replace('custom_imports = dict(imports=["toy_engine"])\n', "")
-    )
+    toy.register()
+    toy.write(folder)
     return folder
 
 
