@@ -73,14 +73,14 @@ def kept_generators() -> Iterator[None]:
     if batch_random.in_loop or torch.utils.data.get_worker_info() is not None:
         yield
         return
-    saved = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
+    saved = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()  # type: ignore[attr-defined]
     # NumPy's state is dear to copy, so its generator is exchanged for one of our own.
-    np.random.set_bit_generator(_samples_generator)
+    np.random.set_bit_generator(_samples_generator)  # type: ignore[attr-defined]
     try:
         yield
     finally:
         random.setstate(saved[0])
-        np.random.set_bit_generator(saved[1])
+        np.random.set_bit_generator(saved[1])  # type: ignore[attr-defined]
         torch.set_rng_state(saved[2])
 
 
