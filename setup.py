@@ -1,7 +1,8 @@
 """Metadata and dependencies of patchreg; builds the compiled operators when this machine can.
 
 PATCHREG_BUILD_OPS: unset = try and report; 0 = skip; 1 = fail the installation when nothing was
-built. PATCHREG_BUILD_CUDA=0: leave out the CUDA kernels (they take a minute and a half). TORCH_CUDA_ARCH_LIST: GPU architectures (default 8.0;9.0+PTX; no visible GPU is needed).
+built. PATCHREG_BUILD_CUDA=0: leave out the CUDA kernels (they take a minute and a half).
+TORCH_CUDA_ARCH_LIST: GPU architectures (default 8.0;9.0+PTX; no visible GPU is needed).
 The build needs the torch of the target environment: `pip install --no-build-isolation .`
 """
 
