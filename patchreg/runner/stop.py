@@ -22,6 +22,8 @@ _PERIOD = 0.1
 """Seconds between two exchanges of wishes."""
 _MOST = 1000
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+GRACE = 10.0
+"""Seconds that a loader worker goes on after a SIGTERM, for the batch its parent may be waiting for."""
 
 
 class TrainingStopped(SystemExit):
@@ -186,16 +188,19 @@ def command_to_continue() -> str:
 
 
 class _FirstTermination:
-    """Handler of loader workers: the first SIGTERM is the parent's business, a second one ends."""
+    """Handler of loader workers: a SIGTERM is the parent's business first; the worker ends a little later."""
 
     def __init__(self) -> None:
         self._parent = os.getppid()
         self._seen = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._seen or os.getppid() != self._parent:
+        if self._seen or number == signal.SIGALRM or os.getppid() != self._parent:
             os._exit(0)
         self._seen = True
+        # An interpreter that ends terminates its workers once and waits for them.
+        signal.signal(signal.SIGALRM, self)
+        signal.setitimer(signal.ITIMER_REAL, GRACE)
 
 
 def start_worker(worker_id: int, then: Callable[[int], None] | None) -> None:

@@ -102,6 +102,26 @@ def test_iteration_loop_resumes_inside_an_epoch(toy_project: Path, tmp_path: Pat
     assert torch.equal(whole["state_dict"]["fc.weight"], resumed["state_dict"]["fc.weight"])
 
 
+def test_own_checkpoints_come_before_the_weights_a_run_began_with(
+    toy_project: Path, tmp_path: Path
+) -> None:
+    begun = train_toy(toy_project, tmp_path / "other", **{"train_cfg.max_epochs": 1})
+    start = {"load_from": str(tmp_path / "other/iter_4.pth"), "optim_wrapper.optimizer.lr": 1e-9}
+    # Nothing to resume yet: the run begins with the weights it names.
+    one = train_toy(
+        toy_project, tmp_path / "run", resume="auto", **{**start, "train_cfg.max_epochs": 1}
+    )
+    assert torch.allclose(
+        one["state_dict"]["fc.weight"], begun["state_dict"]["fc.weight"], atol=1e-6
+    )
+    assert one["meta"]["iter"] == 4
+    (tmp_path / "other/iter_4.pth").write_bytes(b"no longer needed")
+    two = train_toy(
+        toy_project, tmp_path / "run", resume="auto", **{**start, "train_cfg.max_epochs": 2}
+    )
+    assert two["meta"]["iter"] == 8
+
+
 def test_checkpoints_are_plain_and_no_partial_file_stays(toy_project: Path, tmp_path: Path) -> None:
     checkpoint = train_toy(toy_project, tmp_path)
     assert not list(tmp_path.glob(".*partial"))
