@@ -131,7 +131,9 @@ def row_plan(
     else:
         _check_choice(choice, splits, height, width)
         _note(choice)
-        if total < 0:
+        if torch.compiler.is_compiling():
+            torch._check(total >= 0)
+        elif total < 0:
             raise ValueError(
                 f"total is {total}; expected the number of rows. Pass None to have it counted."
             )

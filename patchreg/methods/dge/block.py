@@ -103,7 +103,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows
     """
     batch = key.shape[0]
     count, heads, width = query.shape
-    padded = count != batch * rows.longest
+    # A compiler does not know the row count; padding nothing costs a copy and is right as well.
+    padded = torch.compiler.is_compiling() or count != batch * rows.longest
     flat = query.reshape(count, heads * width)
     if padded:
         slot = rows.image * rows.longest + rows.number
@@ -291,9 +292,10 @@ class DGEBlock(nn.Module):
         # Keys need no choice: they are computed while the lengths travel to the host.
         keys = self.attn.keys(self.norm1(x), grid)
         counts = lengths.tolist()
-        rows = PackedRows.of(
-            row_plan(choice, splits, *grid, extra, total=sum(counts)), max(counts, default=0)
-        )
+        # A compiler does not know the counts; no image has more queries than tokens.
+        longest = x.shape[1] if torch.compiler.is_compiling() else max(counts, default=0)
+        plan = row_plan(choice, splits, *grid, extra, total=sum(counts))
+        rows = PackedRows.of(plan, longest)
         pooled = compress(x, rows.plan, *grid, extra)
         if uniform is not None and uniform.ndim == 2:
             uniform = uniform.index_select(0, rows.image)
