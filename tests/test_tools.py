@@ -113,8 +113,15 @@ def test_picture_of_the_test_set_and_of_files(
 
     out = tmp_path / "a" / "set.png"
     draw_granularity("test", small_config, str(runs / "quick"), str(out), count=3)
-    with Image.open(out) as picture:
-        assert picture.width > picture.height
+    twin = Path(small_config).with_name("twin.py")
+    twin.write_text(Path(small_config).read_text().replace("quick.py", "dense_quick.py"))
+    flat = tmp_path / "twin.png"
+    draw_granularity("test", str(twin), str(runs / "dense_quick"), str(flat), count=3)
+    # Image, mean and two blocks; a model without routers has nothing to tell block by block.
+    with Image.open(out) as picture, Image.open(flat) as plain:
+        assert plain.width == picture.width
+        assert plain.width > plain.height
+        assert picture.height > 1.7 * plain.height
     photos = tmp_path / "photos"
     photos.mkdir()
     with pytest.raises(DataError, match="holds no image"):

@@ -20,5 +20,6 @@ model = dict(
 )
 custom_hooks = [
     dict(type="ProgressHook"),
+    dict(type="DGEBudgetHook"),
     dict(type="ModelEMAHook", momentum=4e-5),
 ]

@@ -26,7 +26,7 @@ model = dict(
     budget_loss=dict(accounting="corrected", loss_weight=0.1),
     accounting="corrected",
 )
-custom_hooks = [dict(type="ProgressHook")]
+custom_hooks = [dict(type="ProgressHook"), dict(type="DGEBudgetHook")]
 val_evaluator = [
     dict(type="mmpretrain.Accuracy", topk=(1, 5), thrs=None),
     dict(type="CostMetric"),

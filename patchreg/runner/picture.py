@@ -21,7 +21,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 
 
 def draw_granularity(source: str, path: str, checkpoint: str, out: str, count: int = 8) -> None:
-    """Draw how finely each region of some images is looked at.
+    """Draw how finely each region of some images is looked at, and by which block.
 
     Args:
         source: Image file, folder of images, or `test` for the config's test set.
@@ -45,10 +45,12 @@ def draw_granularity(source: str, path: str, checkpoint: str, out: str, count: i
     with torch.inference_mode():
         data = model.data_preprocessor(copy.deepcopy(batch), False)
         selection = model.select(data["inputs"]).to("cpu")
+        # Models that do not choose block by block have no such method.
+        by_block = getattr(model, "block_shares", lambda inputs: None)(data["inputs"])
         predicted = model(data["inputs"]).argmax(1).tolist()
     classes = model_classes(config)
     titles = [classes[label] if label < len(classes) else str(label) for label in predicted]
-    draw_selection(images, selection, out, titles)
+    draw_selection(images, selection, out, titles, blocks=by_block)
 
 
 def read_samples(source: str, config: Config, count: int) -> list[Any]:

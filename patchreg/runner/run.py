@@ -125,6 +125,7 @@ def evaluate(
     """
     config = load_config(path, options, work_dir, moved)
     _apply(config, launcher, seed)
+    training_data = config.get("train_dataloader")
     for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
         config.pop(key, None)
     if checkpoint is not None:
@@ -139,6 +140,8 @@ def evaluate(
     with process_group():
         with leave_nothing_behind(config.work_dir):
             runner = build_runner(config)
+            # Nothing is trained, but a hook may want training images to calibrate on.
+            runner.cfg.train_dataloader = training_data
             with config_errors("the evaluation cannot be set up"):
                 runner.prepare("test")
         if config.get("load_from") is None and "Pretrained" not in str(config.model):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from patchreg.structures import PatchSelection
@@ -19,8 +21,11 @@ def draw_selection(
     path: str | Path,
     titles: Sequence[str] = (),
     meaning: str = "share of full sampling",
+    blocks: Tensor | None = None,
 ) -> None:
     """Draw images and, below each, how finely each of its cells was looked at.
+
+    With `blocks` the mean comes first, then a row for every block.
 
     Args:
         images: Images as uint8 RGB.
@@ -28,9 +33,10 @@ def draw_selection(
         path: Picture file to write; its folder is made.
         titles: One title per image.
         meaning: What the colours stand for.
+        blocks: The same resolution in every block, over the grid of the selection.
 
     Shape:
-        images [B, H, W, 3].
+        images [B, H, W, 3]; blocks [B, blocks, rows, columns].
 
     Raises:
         ValueError: Counts differ, or the selection has no grid.
@@ -46,40 +52,88 @@ def draw_selection(
 
     count = len(images)
     height, width = selection.image_size
+    shares = selection.resolution.reshape(count, 1, *selection.grid).cpu()
+    if blocks is not None:
+        shares = torch.cat((shares, blocks.cpu()), dim=1)
+    layers = shares.shape[1]
+    # Deep models get smaller pictures, so that the file can still be looked at.
+    side = 1.6 if layers < 8 else 1.1
     figure, axes = plt.subplots(
-        2, count, figsize=(1.6 * count + 0.9, 3.7), squeeze=False, layout="constrained"
+        1 + layers,
+        count,
+        figsize=(side * count + 0.9, 1.08 * side * (1 + layers) + 0.3),
+        squeeze=False,
+        layout="constrained",
     )
-    shares = selection.resolution.reshape(count, *selection.grid).cpu().numpy()
     low, high = float(shares.min()), float(shares.max())
     if low == high:
         low, high = 0.0, 1.0
+    rows, columns = selection.grid
     for index in range(count):
         image = np.asarray(images[index])
-        top, bottom = axes[0, index], axes[1, index]
-        top.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
+        axes[0, index].imshow(image, extent=(0, width, height, 0), interpolation="nearest")
         if index < len(titles):
-            top.set_title(titles[index], fontsize=8)
-        bottom.imshow(image.mean(-1), cmap="gray", extent=(0, width, height, 0), vmin=0, vmax=255)
-        shown = bottom.imshow(
-            shares[index],
-            cmap="viridis",
-            vmin=low,
-            vmax=high,
-            alpha=0.6,
-            extent=(0, width, height, 0),
-            interpolation="nearest",
-        )
-        rows, columns = selection.grid
-        bottom.set_xticks(np.linspace(0, width, columns + 1), minor=True)
-        bottom.set_yticks(np.linspace(0, height, rows + 1), minor=True)
-        bottom.grid(which="minor", color="white", linewidth=0.4)
-        ratio = ""
+            axes[0, index].set_title(titles[index], fontsize=8)
+        for layer in range(layers):
+            axis = axes[1 + layer, index]
+            gray = image.mean(-1)
+            axis.imshow(gray, cmap="gray", extent=(0, width, height, 0), vmin=0, vmax=255)
+            shown = axis.imshow(
+                shares[index, layer].numpy(),
+                cmap="viridis",
+                vmin=low,
+                vmax=high,
+                alpha=0.6,
+                extent=(0, width, height, 0),
+                interpolation="nearest",
+            )
+            axis.set_xticks(np.linspace(0, width, columns + 1), minor=True)
+            axis.set_yticks(np.linspace(0, height, rows + 1), minor=True)
+            axis.grid(which="minor", color="white", linewidth=0.4)
         if selection.macs is not None and selection.dense_macs:
-            ratio = f"{selection.macs[index].item() / selection.dense_macs:.2f} of dense MACs"
-        bottom.set_xlabel(ratio, fontsize=7)
-        for axis in (top, bottom):
+            ratio = selection.macs[index].item() / selection.dense_macs
+            axes[1, index].set_xlabel(f"{ratio:.2f} of dense MACs", fontsize=7)
+        for axis in axes[:, index]:
             axis.tick_params(which="both", length=0, labelleft=False, labelbottom=False)
-    figure.colorbar(shown, ax=axes[1, :].tolist(), label=meaning, shrink=0.9)
+    if blocks is not None:
+        for layer in range(layers):
+            axes[1 + layer, 0].set_ylabel(f"block {layer}" if layer else "mean", fontsize=8)
+    figure.colorbar(
+        shown, ax=axes[1:, :].ravel().tolist(), label=meaning, shrink=0.9, aspect=10 + 10 * layers
+    )
+    _save(figure, path)
+
+
+def draw_curves(
+    x: Sequence[float], curves: Mapping[str, Sequence[float]], x_label: str, path: str | Path
+) -> None:
+    """Draw curves over a common axis, each in a panel of its own.
+
+    Args:
+        x: Where the points lie.
+        curves: Values of each curve by its label.
+        x_label: What `x` is.
+        path: Picture file to write; its folder is made.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(curves), figsize=(3.8 * len(curves), 3.0), squeeze=False, layout="constrained"
+    )
+    for axis, (label, values) in zip(axes[0], curves.items(), strict=True):
+        axis.plot(x, values, marker="o")
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    from matplotlib import pyplot as plt
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()

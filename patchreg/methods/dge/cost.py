@@ -9,6 +9,8 @@ S splits, Q queries of an image, M keys.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -66,6 +68,28 @@ def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     # Kept on the device: making a tensor of Python numbers there would wait for it in every step.
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def spread_regions(
+    values: Tensor, grid: tuple[int, int], finest: tuple[int, int], cells: Sequence[int]
+) -> Tensor:
+    """Give each region of the finest grid the value of the region of another grid around its middle.
+
+    Args:
+        values: One value for every region.
+        grid: Token grid (H, W) of the values.
+        finest: Finest token grid of the model.
+        cells: Regions (rows, columns) of the finest grid.
+
+    Shape:
+        values [B, Hr, Wr]; returns [B, rows, columns].
+    """
+    for dim, (own, fine, count) in enumerate(zip(grid, finest, cells, strict=True), start=1):
+        if own != fine:
+            middle = torch.arange(count, device=values.device) * 2 + 1
+            index = (middle * own).div(2 * fine, rounding_mode="floor")
+            values = values.index_select(dim, index.clamp(max=values.shape[dim] - 1))
+    return values
 
 
 @dataclass(frozen=True)
@@ -232,6 +256,25 @@ class Routing:
     def routed(self) -> list[BlockRouting]:
         """Blocks in which regions chose a granularity."""
         return [block for block in self.blocks if block.choice is not None]
+
+    def shares(self) -> Tensor:
+        """Return how finely each block looks at each region, as a share of full sampling.
+
+        Regions are those of the finest grid, to which the choices of coarser stages are spread.
+
+        Shape:
+            Returns [B, routed blocks, rows, columns], s^2 / r^2 of the chosen splits.
+        """
+        finest = max((block.grid for block in self.routed), key=math.prod)
+        cells = [-(-side // max(self.routed[0].splits)) for side in finest]
+        parts = []
+        for block in self.blocks:
+            if block.choice is None:
+                continue
+            values = tuple((split / max(block.splits)) ** 2 for split in block.splits)
+            shares = _constants(values, block.choice.device).float()[block.choice]
+            parts.append(spread_regions(shares, block.grid, finest, cells))
+        return torch.stack(parts, dim=1)
 
     def histogram(self) -> Tensor:
         """Return how the regions of each image are spread over the candidates, block by block.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from patchreg.methods.dge.block import DGEBlock
-from patchreg.methods.dge.cost import Routing, check_accounting
+from patchreg.methods.dge.cost import Routing, check_accounting, spread_regions
 from patchreg.methods.dge.router import DynamicGrainedEncoder, check_splits
 from patchreg.models.backbones.vit import VisionTransformerBackbone
 from patchreg.models.base import PatchClassifier, TokenFeatures, stack_targets
@@ -65,28 +65,6 @@ def check_modes(eval_path: str, drop_path_mode: str) -> None:
         raise ConfigError(f"eval_path={eval_path!r} is unknown; use 'sparse' or 'dense'")
     if drop_path_mode not in ("query", "sample"):
         raise ConfigError(f"drop_path_mode={drop_path_mode!r} is unknown; use 'query' or 'sample'")
-
-
-def spread_regions(
-    values: Tensor, grid: tuple[int, int], finest: tuple[int, int], cells: Sequence[int]
-) -> Tensor:
-    """Give each region of the finest grid the value of the region of another grid around its middle.
-
-    Args:
-        values: One value for every region.
-        grid: Token grid (H, W) of the values.
-        finest: Finest token grid of the model.
-        cells: Regions (rows, columns) of the finest grid.
-
-    Shape:
-        values [B, Hr, Wr]; returns [B, rows, columns].
-    """
-    for dim, (own, fine, count) in enumerate(zip(grid, finest, cells, strict=True), start=1):
-        if own != fine:
-            middle = torch.arange(count, device=values.device) * 2 + 1
-            index = (middle * own).div(2 * fine, rounding_mode="floor")
-            values = values.index_select(dim, index.clamp(max=values.shape[dim] - 1))
-    return values
 
 
 def reset_routers(model: nn.Module) -> None:
@@ -344,6 +322,8 @@ class DGEClassifier(PatchClassifier):
         distillation: Config of the distillation loss; needs `teacher` and a distilled head.
         accounting: How reported costs are counted, `corrected` or `upstream`; the budget loss has
             its own.
+        budget: Mean share of the dense twin's cost (corrected) that evaluation is moved to, in
+            (0, 1], by `DGEBudgetHook` or `calibrate_budget`; None evaluates as trained.
         data_preprocessor: Config of the preprocessor, or None.
         init_cfg: Weights to load, as in MMEngine.
 
@@ -359,11 +339,17 @@ class DGEClassifier(PatchClassifier):
         teacher: dict | None = None,
         distillation: dict | None = None,
         accounting: str = "corrected",
+        budget: float | None = None,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(backbone, head, data_preprocessor, init_cfg)
         self.accounting = check_accounting(accounting)
+        if budget is not None and not 0 < budget <= 1:
+            raise ConfigError(f"budget={budget}: expected a share in (0, 1], or None")
+        if budget is not None and not self._routers():
+            raise ConfigError("budget needs a backbone with routers; remove it for a plain one")
+        self.budget = budget
         self.budget_loss = None if budget_loss is None else MODELS.build(budget_loss)
         if (teacher is None) != (distillation is None):
             raise ConfigError(
@@ -384,6 +370,18 @@ class DGEClassifier(PatchClassifier):
                 "skip_last_queries=True computes extra tokens only; use a head with pool='cls'"
             )
 
+    def _routers(self) -> list[DynamicGrainedEncoder]:
+        return [part for part in self.modules() if isinstance(part, DynamicGrainedEncoder)]
+
+    def shift_routers(self, amount: float | None) -> None:
+        """Favour finer or coarser candidates in all blocks, in evaluation.
+
+        Args:
+            amount: As in `DynamicGrainedEncoder.shift`.
+        """
+        for router in self._routers():
+            router.shift(amount)
+
     def extract(self, inputs: Tensor, noise: Sequence[Tensor] | None = None) -> TokenFeatures:
         """Run the backbone and add the head to the cost of the pass.
 
@@ -393,7 +391,19 @@ class DGEClassifier(PatchClassifier):
 
         Shape:
             inputs [B, 3, H, W].
+
+        Raises:
+            ConfigError: Evaluation with a budget that nothing has calibrated.
         """
+        if (
+            self.budget is not None
+            and not self.training
+            and self._routers()[0].router.offset is None
+        ):
+            raise ConfigError(
+                f"budget={self.budget} is not calibrated: add dict(type='DGEBudgetHook') to "
+                "custom_hooks, or call patchreg.methods.dge.budget.calibrate_budget"
+            )
         features = self.backbone(inputs) if noise is None else self.backbone(inputs, noise=noise)
         if features.routing is not None:
             features.routing.add_constant(self.head.macs())
@@ -467,6 +477,24 @@ class DGEClassifier(PatchClassifier):
             sample.set_field(histogram, "granularity", dtype=None, field_type="data")
 
     @torch.no_grad()
+    def block_shares(self, inputs: Tensor) -> Tensor:
+        """Say how finely each block looks at each region; see `Routing.shares`.
+
+        Args:
+            inputs: Preprocessed images.
+
+        Shape:
+            inputs [B, 3, H, W]; returns [B, routed blocks, rows, columns].
+
+        Raises:
+            ConfigError: The backbone routes nothing.
+        """
+        routing = self.extract(inputs).routing
+        if routing is None:
+            raise ConfigError("a backbone without routers looks at every region fully")
+        return routing.shares()
+
+    @torch.no_grad()
     def select(self, inputs: Tensor) -> PatchSelection:
         """Say how finely each region is looked at.
 
@@ -491,12 +519,7 @@ class DGEClassifier(PatchClassifier):
         shares = torch.tensor([(split / region) ** 2 for split in splits], device=inputs.device)
         finest = max(blocks, key=lambda block: math.prod(block.grid))
         cells = finest.choice.shape[1:]
-        resolution = torch.stack(
-            [
-                spread_regions(shares[block.choice], block.grid, finest.grid, cells)
-                for block in blocks
-            ]
-        ).mean(0)
+        resolution = features.routing.shares().mean(1)
         expected = torch.stack(
             [
                 spread_regions(

@@ -89,6 +89,8 @@ class DGERouter(nn.Module):
     def __init__(self, dims: int, candidates: int) -> None:
         super().__init__()
         self.gate = nn.Linear(dims, candidates)
+        # No buffer: averages and checkpoints of a model do not know it.
+        self.offset: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self, first: float = 0.95) -> None:
@@ -109,6 +111,8 @@ class DGERouter(nn.Module):
     def forward(self, means: Tensor) -> Tensor:
         """Score the candidates; runs in the type of the weights, also under autocast.
 
+        In evaluation `offset` is added where it is set, see `DynamicGrainedEncoder.shift`.
+
         Args:
             means: Mean token of every region.
 
@@ -119,7 +123,10 @@ class DGERouter(nn.Module):
             There autocast runs it in half precision, where scores of nearly equal candidates tie.
         """
         with torch.autocast(means.device.type, enabled=False):
-            return self.gate(means.to(self.gate.weight.dtype))
+            logits = self.gate(means.to(self.gate.weight.dtype))
+        if self.offset is None or self.training:
+            return logits
+        return logits + self.offset.to(logits)
 
 
 class DynamicGrainedEncoder(nn.Module):
@@ -148,6 +155,28 @@ class DynamicGrainedEncoder(nn.Module):
         self.region = max(self.candidates)
         self.register_buffer("splits", torch.tensor(self.candidates, dtype=torch.int64))
         self.router = DGERouter(dims, len(self.candidates))
+
+    def shift(self, amount: float | None) -> None:
+        """Favour finer or coarser candidates in evaluation.
+
+        The score of candidate s grows by amount * s^2 / r^2, its share of full sampling, so `amount`
+        is what the router pays for a query: regions that win most by them get them first.
+
+        Args:
+            amount: Above 0 favours finer candidates, below 0 coarser ones; infinite takes the
+                finest or the coarsest everywhere, None goes back to the trained router.
+        """
+        if amount is None:
+            self.router.offset = None
+            return
+        shares = torch.tensor([(split / self.region) ** 2 for split in self.candidates])
+        if math.isinf(amount):
+            best = (shares * math.copysign(1.0, amount)).argmax()
+            offset = torch.full_like(shares, -math.inf)
+            offset[best] = 0.0
+        else:
+            offset = amount * shares
+        self.router.offset = offset.to(self.splits.device)
 
     def choose(self, logits: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Choose a candidate for every region.
