@@ -80,6 +80,7 @@ def _load(mode: str) -> tuple[Path | None, str | None]:
 
 mode = _read_mode()
 path, error = _load(mode)
+# Device types of which nothing more needs to be said.
 _warned: set[str] = set()
 
 
@@ -119,6 +120,7 @@ def note_device(device_type: str) -> None:
     if mode == "reference" or device_type in _warned or device_type not in ("cpu", "cuda"):
         return
     if has_kernels(device_type):
+        _warned.add(device_type)
         return
     reason = error or f"{path} was built without {device_type.upper()} kernels"
     if mode == "require":

@@ -1,5 +1,7 @@
 """Benchmarks: every module here is a name of `tools/benchmark.py` and has `run(device) -> list[dict]`.
 
+A module whose name starts with an underscore is a part of others.
+
 A figure is a ratio of two things measured in one run, interleaved, with pinned threads; CPU time where wall
 clock is noisy.
 """
@@ -17,7 +19,8 @@ from patchreg.utils.errors import ConfigError, did_you_mean
 
 def names() -> list[str]:
     """Return the names of all benchmarks."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in found if not name.startswith("_"))
 
 
 def run(name: str, device: str) -> list[dict[str, Any]]:

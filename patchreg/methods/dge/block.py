@@ -7,11 +7,9 @@ M keys, L packed queries of the batch, Nd queries of an image in the dense form,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from patchreg_ops import (
-    RowPlan,
     compress,
     compress_dense,
     decompress,
@@ -22,10 +20,11 @@ from patchreg_ops import (
 )
 from torch import Tensor, nn
 
+from patchreg.methods.dge.attention import PackedRows, check_backend, packed_attention
 from patchreg.methods.dge.cost import BlockCost, BlockRouting, query_table
 from patchreg.methods.dge.router import DynamicGrainedEncoder, region_mean
 from patchreg.models.backbones.pvt import SpatialReductionAttention
-from patchreg.models.layers import Mlp, attend, drop_path
+from patchreg.models.layers import Mlp, drop_path
 
 
 class HostCopy:
@@ -51,76 +50,14 @@ class HostCopy:
         return self._host.tolist()
 
 
-class PackedRows(NamedTuple):
-    """Packed queries of a batch and where each of them belongs.
-
-    Args:
-        plan: Row plan of `patchreg_ops`.
-        image: Image of every row.
-        number: Number of every row within its image.
-        longest: Most queries of an image.
-
-    Shape:
-        image and number [L] int64.
-    """
-
-    plan: RowPlan
-    image: Tensor
-    number: Tensor
-    longest: int
-
-    @classmethod
-    def of(cls, plan: RowPlan, longest: int) -> PackedRows:
-        """Number the rows of a plan.
-
-        Args:
-            plan: Row plan of `patchreg_ops`.
-            longest: Most queries of an image.
-        """
-        image = plan.rows[:, 0].contiguous()
-        starts = plan.lengths.cumsum(0) - plan.lengths
-        number = torch.arange(len(image), device=image.device) - starts.index_select(0, image)
-        return cls(plan, image, number, longest)
-
-
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
-    """Let the packed queries of every image look at all keys of that image.
-
-    Queries are padded to the longest image. No mask is needed: every image has all M keys, and what
-    the padding rows see is dropped.
-
-    Source:
-        Official `batched_sparse_attention` (evaluation only and without gradient there).
-
-    Args:
-        query: Packed queries.
-        key: Keys.
-        value: Values.
-        rows: Where each query belongs.
-
-    Shape:
-        query [L, h, d]; key and value [B, h, M, d]; returns [L, h * d].
-    """
-    batch = key.shape[0]
-    count, heads, width = query.shape
-    # A compiler does not know the row count; padding nothing costs a copy and is right as well.
-    padded = torch.compiler.is_compiling() or count != batch * rows.longest
-    flat = query.reshape(count, heads * width)
-    if padded:
-        slot = rows.image * rows.longest + rows.number
-        flat = flat.new_zeros(batch * rows.longest, heads * width).index_copy(0, slot, flat)
-    full = flat.view(batch, rows.longest, heads, width).transpose(1, 2)
-    out = attend(full, key, value)
-    out = out.transpose(1, 2).reshape(batch * rows.longest, heads * width)
-    return out.index_select(0, slot) if padded else out
-
-
 class DGEAttention(SpatialReductionAttention):
     """Attention whose queries and keys come from different token sets; queries may be packed.
 
     Source:
         Official DeiT-DGE and PVT-DGE `Attention`.
     """
+
+    backend = "auto"
 
     def forward(
         self, tokens: Tensor, keys: tuple[Tensor, Tensor], rows: PackedRows | None = None
@@ -138,7 +75,7 @@ class DGEAttention(SpatialReductionAttention):
         if rows is None:
             return super().forward(tokens, keys)
         query = self.q(tokens).unflatten(-1, (self.num_heads, keys[0].shape[-1]))
-        return self.drop(self.proj(packed_attention(query, *keys, rows)))
+        return self.drop(self.proj(packed_attention(query, *keys, rows, self.backend)))
 
 
 class DGEBlock(nn.Module):
@@ -163,6 +100,10 @@ class DGEBlock(nn.Module):
         norm_eps: Epsilon of the layer norms.
         sr_ratio: Spatial reduction of keys and values per side; 1 for none.
         upstream_products: Attention products that the upstream accounting counts.
+        attention_backend: How packed queries attend, as in `packed_attention`.
+
+    Raises:
+        ConfigError: There is no such back-end.
 
     Differs from official:
         The update is the sum of the two branches, not q2 - q0: the same value without the
@@ -181,12 +122,14 @@ class DGEBlock(nn.Module):
         norm_eps: float = 1e-6,
         sr_ratio: int = 1,
         upstream_products: int = 2,
+        attention_backend: str = "auto",
     ) -> None:
         super().__init__()
         self.drop_path_rate = drop_path_rate
         self.upstream_products = upstream_products
         self.norm1 = nn.LayerNorm(dims, eps=norm_eps)
         self.attn = DGEAttention(dims, num_heads, qkv_bias, drop_rate, sr_ratio)
+        self.attn.backend = check_backend(attention_backend)
         self.norm2 = nn.LayerNorm(dims, eps=norm_eps)
         self.mlp = Mlp(dims, int(dims * mlp_ratio), drop_rate)
         self.dge = DynamicGrainedEncoder(dims, splits)
@@ -288,26 +231,27 @@ class DGEBlock(nn.Module):
         splits = self.dge.candidates
         logits = self.dge.router(region_mean(x, grid, extra, self.dge.region))
         choice, gate = self.dge.choose(logits, noise)
-        lengths = HostCopy(row_lengths(choice, splits, *grid, extra))
+        lengths = row_lengths(choice, splits, *grid, extra)
+        host = HostCopy(lengths)
         # Keys need no choice: they are computed while the lengths travel to the host.
         keys = self.attn.keys(self.norm1(x), grid)
-        counts = lengths.tolist()
+        counts = host.tolist()
         # A compiler does not know the counts; no image has more queries than tokens.
         longest = x.shape[1] if torch.compiler.is_compiling() else max(counts, default=0)
         plan = row_plan(choice, splits, *grid, extra, total=sum(counts))
-        rows = PackedRows.of(plan, longest)
-        pooled = compress(x, rows.plan, *grid, extra)
+        rows = PackedRows(plan, counts, longest)
+        pooled = compress(x, plan, *grid, extra)
         if uniform is not None and uniform.ndim == 2:
-            uniform = uniform.index_select(0, rows.image)
+            uniform = uniform.index_select(0, rows.image())
         elif uniform is not None:
-            uniform = uniform[rows.image, :, rows.number]
+            uniform = uniform[rows.image(), :, rows.number()]
         update = self._update(pooled, self.norm1(pooled), keys, rows, uniform)
         if gate is None:
-            gate = self.dge.one_hot(choice, logits.dtype)
+            queries = lengths.double()
         else:
             update = update * self._row_gate(choice, gate, rows, grid).to(update.dtype)
-        out = decompress(update, rows.plan, reference=x)
-        queries = extra + (gate.double() * query_table(grid, splits, x.device)).sum((1, 2, 3))
+            queries = extra + (gate.double() * query_table(grid, splits, x.device)).sum((1, 2, 3))
+        out = decompress(update, plan, reference=x)
         return out, self._record(x, grid, queries, choice, logits)
 
     def _forward_front(
@@ -340,7 +284,8 @@ class DGEBlock(nn.Module):
             tokens.dtype
         )
         changed = drop_path(self.mlp(self.norm2(tokens + attended)), second, self.drop_path_rate)
-        return attended + changed
+        # Nothing else reads it, and fresh memory is dear on a CPU.
+        return attended.add_(changed)
 
     def _row_gate(
         self, choice: Tensor, gate: Tensor, rows: PackedRows, grid: tuple[int, int]
@@ -352,7 +297,7 @@ class DGEBlock(nn.Module):
         y, x = rows.plan.rows[:, 1], rows.plan.rows[:, 2]
         cell = (y // region) * region_grid(*grid, region)[1] + x // region + 1
         cell = torch.where(y < 0, torch.zeros_like(cell), cell)
-        return table[rows.image, cell].unsqueeze(-1)
+        return table[rows.image(), cell].unsqueeze(-1)
 
     def _record(
         self,

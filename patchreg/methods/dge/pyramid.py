@@ -47,6 +47,9 @@ class DGEPyramidVisionTransformerBackbone(PyramidVisionTransformerBackbone):
         drop_path_mode: `query` drops single queries, as published; `sample` drops images.
         region_padding: Accept token grids that the region does not divide (224 px): they count as
             padded on the right and bottom, and only real tokens are averaged.
+        attention_backend: How the packed queries of the sparse path attend, all with the same
+            result: `varlen` (CUDA, half precision), `padded`, `per_image`, or `auto` for the
+            fastest one that works.
         init_cfg: Weights to load, as in MMEngine.
         kwargs: Further arguments of `PyramidVisionTransformerBackbone`.
 
@@ -67,6 +70,7 @@ class DGEPyramidVisionTransformerBackbone(PyramidVisionTransformerBackbone):
         skip_last_queries: bool = False,
         drop_path_mode: str = "query",
         region_padding: bool = False,
+        attention_backend: str = "auto",
         init_cfg: dict | None = None,
         **kwargs: Any,
     ) -> None:
@@ -77,6 +81,7 @@ class DGEPyramidVisionTransformerBackbone(PyramidVisionTransformerBackbone):
         self.skip_last_queries = skip_last_queries
         self.drop_path_mode = drop_path_mode
         self.region_padding = region_padding
+        self.attention_backend = attention_backend
         super().__init__(arch=arch, img_size=img_size, init_cfg=init_cfg, **kwargs)
         if skip_last_queries and (not self.extra or self.out_indices or sum(self.depths) < 2):
             raise ConfigError(
@@ -102,6 +107,7 @@ class DGEPyramidVisionTransformerBackbone(PyramidVisionTransformerBackbone):
             self.norm_eps,
             self.sr_ratios[stage],
             upstream_products=1,
+            attention_backend=self.attention_backend,
         )
 
     def reset_parameters(self) -> None:

@@ -1,0 +1,178 @@
+"""Attention of packed queries, in several exact ways behind one function.
+
+The images of a batch have different numbers of queries, but each of them has all of its keys; so no
+way needs a mask.
+
+Letters: B images, h heads, d channels of a head, M keys, L packed queries of the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from patchreg_ops import RowPlan
+from torch import Tensor
+
+from patchreg.models.layers import attend
+from patchreg.utils.errors import ConfigError, did_you_mean
+
+varlen_attn: Any = None
+with contextlib.suppress(ImportError):  # torch before 2.10
+    from torch.nn.attention.varlen import varlen_attn  # type: ignore[no-redef]
+
+BACKENDS = ("auto", "varlen", "padded", "per_image")
+HALVES = (torch.float16, torch.bfloat16)
+# Queries x keys x channels of an image from which a call of its own pays on a CPU.
+PRODUCTS_PER_CALL = 1_000_000
+
+
+def check_backend(name: str) -> str:
+    """Return the name of an attention back-end if it exists.
+
+    Args:
+        name: `auto`, `varlen`, `padded` or `per_image`.
+
+    Raises:
+        ConfigError: It does not exist.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(
+            f"attention_backend={name!r} is unknown.{did_you_mean(str(name), BACKENDS)} Use one of "
+            f"{list(BACKENDS)}"
+        )
+    return name
+
+
+class PackedRows(NamedTuple):
+    """Packed queries of a batch and where each of them belongs.
+
+    Args:
+        plan: Row plan of `patchreg_ops`.
+        counts: Queries of every image.
+        longest: At least as many as any image has queries.
+    """
+
+    plan: RowPlan
+    counts: list[int]
+    longest: int
+
+    def image(self) -> Tensor:
+        """Return the image of every row.
+
+        Shape:
+            Returns [L] int64.
+        """
+        return self.plan.rows[:, 0]
+
+    def number(self) -> Tensor:
+        """Return the number of every row within its image.
+
+        Shape:
+            Returns [L] int64.
+        """
+        image, lengths = self.image(), self.plan.lengths
+        starts = lengths.cumsum(0) - lengths
+        return torch.arange(len(image), device=image.device) - starts.index_select(0, image)
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, backend: str = "auto"
+) -> Tensor:
+    """Let the packed queries of every image look at all keys of that image.
+
+    Source:
+        Official `batched_sparse_attention` (evaluation only and without gradient there).
+
+    Args:
+        query: Packed queries.
+        key: Keys.
+        value: Values.
+        rows: Where each query belongs.
+        backend: `varlen` calls the kernel of PyTorch for sequences of different lengths (CUDA, half
+            precision); `padded` pads the queries to the longest image and drops what the padding
+            saw (any device); `per_image` calls once for every image (`padded` under a compiler,
+            which does not know the lengths); `auto` takes the fastest.
+
+    Shape:
+        query [L, h, d]; key and value [B, h, M, d]; returns [L, h * d].
+
+    Raises:
+        ConfigError: `varlen` on a device, in a type or with a torch that has no such kernel.
+    """
+    if backend == "auto":
+        backend = _fastest(query, key, rows)
+    if backend == "varlen":
+        return _varlen(query, key, value, rows)
+    if backend == "per_image" and not torch.compiler.is_compiling():
+        return _per_image(query, key, value, rows)
+    return _padded(query, key, value, rows)
+
+
+def _varlen_lack(query: Tensor) -> str:
+    """Return what keeps these queries from `varlen`, or nothing."""
+    if varlen_attn is None:
+        return f"torch {torch.__version__} (2.10 or newer is needed)"
+    if query.device.type != "cuda":
+        return f"the device {query.device.type!r} (CUDA is needed)"
+    if query.dtype not in HALVES:
+        return f"{query.dtype} (float16 or bfloat16 is needed)"
+    if query.shape[-1] % 8 or query.shape[-1] > 256:
+        return f"heads of {query.shape[-1]} channels (a multiple of 8 up to 256 is needed)"
+    return ""
+
+
+def _fastest(query: Tensor, key: Tensor, rows: PackedRows) -> str:
+    if query.device.type == "cuda":
+        return "padded" if _varlen_lack(query) else "varlen"
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
+        return "padded"
+    products = query.numel() * key.shape[2]
+    return "per_image" if products >= PRODUCTS_PER_CALL * len(key) else "padded"
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+    lack = _varlen_lack(query)
+    if lack:
+        raise ConfigError(
+            f"attention_backend='varlen' does not work with {lack}; use 'auto', which takes the "
+            "fastest one that works"
+        )
+    batch, _, keys, _ = key.shape
+    if not len(query):
+        return query.flatten(1)
+    ends = torch.nn.functional.pad(rows.plan.lengths.cumsum(0), (1, 0)).to(torch.int32)
+    steps = torch.arange(0, (batch + 1) * keys, keys, device=key.device, dtype=torch.int32)
+    # Keys lie [B, M, ..., h, d] in memory, so packing them copies nothing.
+    packed_key, packed_value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (key, value))
+    out = varlen_attn(query, packed_key, packed_value, ends, steps, rows.longest, keys)
+    return out.flatten(1)
+
+
+def _per_image(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+    pieces = [
+        attend(part.transpose(0, 1).unsqueeze(0), key[index : index + 1], value[index : index + 1])
+        .transpose(1, 2)
+        .reshape(count, query[0].numel())
+        for index, (count, part) in enumerate(zip(rows.counts, query.split(rows.counts)))
+        if count
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat(pieces) if pieces else query.flatten(1)
+
+
+def _padded(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+    batch = key.shape[0]
+    count, heads, width = query.shape
+    # A compiler does not know the row count; padding nothing costs a copy and is right as well.
+    padded = torch.compiler.is_compiling() or count != batch * rows.longest
+    flat = query.reshape(count, heads * width)
+    if padded:
+        slot = rows.image() * rows.longest + rows.number()
+        flat = flat.new_zeros(batch * rows.longest, heads * width).index_copy(0, slot, flat)
+    full = flat.view(batch, rows.longest, heads, width).transpose(1, 2)
+    out = attend(full, key, value)
+    out = out.transpose(1, 2).reshape(batch * rows.longest, heads * width)
+    return out.index_select(0, slot) if padded else out
