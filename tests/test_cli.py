@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,13 @@ def call(cwd: Path, *arguments: str, **environment: str) -> subprocess.Completed
         text=True,
         timeout=300,
     )
+
+
+def free_port() -> str:
+    """A port that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def tool(cwd: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -173,9 +181,9 @@ def test_two_gloo_processes_train_and_continue_like_one(project: Path) -> None:
     command = ["bash", str(ROOT / "tools/dist_train.sh"), CONFIG, "2", "--work-dir", "two"]
     halves = [*exact, "train_dataloader.batch_size=4"]
     path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    first = call(project, *command, *halves, "train_cfg.max_epochs=2", PORT="29611", **path)
+    first = call(project, *command, *halves, "train_cfg.max_epochs=2", PORT=free_port(), **path)
     assert first.returncode == 0, first.stderr
-    second = call(project, *command, "--resume", *halves, PORT="29612", **path)
+    second = call(project, *command, "--resume", *halves, PORT=free_port(), **path)
     assert second.returncode == 0, second.stderr
     assert "resumed at epoch 1, iteration 8" in second.stdout + second.stderr
     assert (project / "two/iter_12.pth").is_file()
