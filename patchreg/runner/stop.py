@@ -65,6 +65,7 @@ class StopSignals:
         self._first = 0.0
         self._previous: dict[int, Any] = {}
         self._group: Any = None
+        self._own_group = False
         self._exchange: Any = None
         self._sent = torch.zeros(2, dtype=torch.float64)
         self._last = time.monotonic()
@@ -74,7 +75,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
+            # A group of one's own only where the processes talk over something else than gloo.
+            self._own_group = dist.get_backend() != "gloo"
+            self._group = dist.new_group(backend="gloo") if self._own_group else dist.group.WORLD
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._notice)
@@ -84,10 +87,12 @@ class StopSignals:
         for number, handler in self._previous.items():
             # None stands for a handler that was not installed from Python and cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if self._group is not None and kind is None:
-            if self._exchange is not None:
-                self._exchange.wait()
+        if kind is None and self._exchange is not None:
+            self._exchange.wait()
+        if kind is None and self._own_group:
             dist.destroy_process_group(self._group)
+        # A group that is let go at the exit of the interpreter only can abort the process there.
+        self._group = self._exchange = None
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
