@@ -19,6 +19,7 @@ from patchreg.runner import stop
 from patchreg.runner.launch import init_processes
 from patchreg.runner.run import process_group
 from patchreg.runner.stop import TrainingStopped
+from patchreg.utils.errors import leave
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -119,3 +120,4 @@ def main() -> None:
         init_processes("pytorch")
         found = run(json.loads(Path(sys.argv[1]).read_text()))
     Path(sys.argv[1]).with_suffix(f".codes{os.environ['RANK']}").write_text(json.dumps(found))
+    leave(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import os
 import re
@@ -74,8 +75,25 @@ def message_of(error: BaseException) -> str:
     return text.strip()
 
 
+def leave(code: int) -> None:
+    """End one process of several without the interpreter's tear-down.
+
+    Threads of a process group that is torn down with the interpreter abort the process now and then, long after
+    its work is done, and the launcher takes that for a failure. Exit functions are run and output is flushed.
+
+    Args:
+        code: Exit code.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def run_tool(main: Callable[[], int | None]) -> int:
     """Run a tool's main function and turn user errors into one message.
+
+    A process of a distributed run ends here, see `leave`.
 
     Args:
         main: The function to run; its integer result is the exit code, None counts as 0.
@@ -84,6 +102,16 @@ def run_tool(main: Callable[[], int | None]) -> int:
         The exit code: 2 after a `UserError` (set `PATCHREG_TRACEBACK=1` to see where it was raised), 130
         after Ctrl-C.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return _run(main)
+    try:
+        leave(_run(main))
+    except SystemExit as stopped:
+        leave(stopped.code if isinstance(stopped.code, int) else 1)
+    raise AssertionError("unreachable")
+
+
+def _run(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
