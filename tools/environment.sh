@@ -17,6 +17,11 @@ make_environment() { # make_environment EXTRAS
     fi
     # shellcheck disable=SC1091
     . "$venv/bin/activate"
+    local done_mark="$venv/.installed$1"
+    if [ "$done_mark" -nt setup.py ] && [ "$done_mark" -nt tools/constraints.txt ]; then
+        echo "already installed in $venv (remove $done_mark to install again)"
+        return
+    fi
     say "installing (torch and torchvision from one index, then patchreg with its ops)"
     python -m pip install -q -c tools/constraints.txt -U pip setuptools wheel ninja
     python -m pip install -q -c tools/constraints.txt torch torchvision
@@ -32,6 +37,7 @@ kinds = [kind for kind in ("cpu", "cuda") if info[kind]] or ["none: the referenc
 print(f"torch {torch.__version__}, GPU {torch.cuda.is_available()}, compiled region ops: {', '.join(kinds)}")
 PYTHON_CODE
     install_torchsort
+    touch "$done_mark"
 }
 
 # torchsort comes as source only. It compiles for the CPU when no nvcc is in sight; with nvcc on PATH it wants the
