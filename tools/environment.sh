@@ -18,7 +18,9 @@ make_environment() { # make_environment EXTRAS
     # shellcheck disable=SC1091
     . "$venv/bin/activate"
     local done_mark="$venv/.installed$1"
-    if [ "$done_mark" -nt setup.py ] && [ "$done_mark" -nt tools/constraints.txt ]; then
+    # Sources of the compiled ops count too: a library older than they are must not be tested.
+    if [ -e "$done_mark" ] &&
+        [ -z "$(find setup.py tools/constraints.txt ops/csrc -newer "$done_mark" -print -quit)" ]; then
         echo "already installed in $venv (remove $done_mark to install again)"
         return
     fi
