@@ -10,10 +10,12 @@ is asked for.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 import sys
 import traceback
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Any
 
 from mmengine import registry as root
@@ -41,6 +43,31 @@ def discover() -> None:
         _import_plugin(f"{methods.__name__}.{module.name}")
     for entry in entry_points(group="patchreg.methods"):
         _import_plugin(entry.value.split(":", 1)[0])
+
+
+def method_modules(part: str) -> dict[str, ModuleType]:
+    """Return the module of a given name of every method that has one, by method.
+
+    Args:
+        part: Name of the module, such as "convert".
+    """
+    discover()
+    package = importlib.import_module(f"{SCOPE}.methods")
+    names = {
+        item.name: f"{package.__name__}.{item.name}"
+        for item in pkgutil.iter_modules(package.__path__)
+    }
+    names |= {
+        item.name: item.value.split(":")[0] for item in entry_points(group="patchreg.methods")
+    }
+    found: dict[str, ModuleType] = {}
+    for method, name in names.items():
+        loaded = sys.modules.get(name)
+        if loaded is None or not hasattr(loaded, "__path__"):
+            continue
+        if importlib.util.find_spec(f"{name}.{part}") is not None:
+            found[method] = importlib.import_module(f"{name}.{part}")
+    return found
 
 
 def _import_plugin(name: str) -> None:

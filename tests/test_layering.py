@@ -62,13 +62,15 @@ def forbidden(module: str) -> list[str]:
         rules += ["patchreg.methods", "patchreg.runner", "patchreg_ops"]
         rules += [f"patchreg.{stage}" for stage in STAGES]
     elif room in (*STAGES, "runner"):
-        rules += ["patchreg.methods", "patchreg_ops", "patchreg.benchmarks"]
+        rules += ["patchreg.methods", "patchreg_ops", "patchreg.benchmarks", "patchreg.pictures"]
     if room in ("losses", "hooks", "metrics", "datasets", "transforms"):
         rules += ["patchreg.models"]
     if room in STAGES:
         rules += ["patchreg.runner"]
     if room == "methods":
-        rules += ["patchreg.runner", "patchreg.benchmarks"]
+        rules += ["patchreg.benchmarks"]
+        if parts[-1] != "picture":
+            rules += ["patchreg.pictures"]
         if len(parts) > 2 and parts[2] != "dge":
             rules += ["patchreg_ops"]
         rules += [

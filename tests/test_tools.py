@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from patchreg import benchmarks
+from patchreg.pictures.granularity import draw_granularity
 from patchreg.runner import run as engine
 from patchreg.runner.compare import Entry, compare, table, write_csv
-from patchreg.runner.picture import draw_granularity
 from patchreg.utils.errors import CheckpointError, ConfigError, DataError, MissingFileError
 
 ROOT = Path(__file__).resolve().parent.parent

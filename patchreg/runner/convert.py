@@ -8,20 +8,16 @@ new checkpoint and a report. The report is a dict of names by what happened to t
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import pkgutil
-import sys
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from patchreg.registry import SCOPE, discover
+from patchreg.registry import method_modules
 from patchreg.utils.errors import CheckpointError, ConfigError
 from patchreg.utils.files import replace_safely
 from patchreg.utils.weights import container_of, load_file, state_dict_of
@@ -31,19 +27,7 @@ _SHOWN = 3
 
 def converters() -> dict[str, ModuleType]:
     """Return the `convert` module of every method that has one, by method."""
-    discover()
-    package = importlib.import_module(f"{SCOPE}.methods")
-    names = {
-        item.name: f"{package.__name__}.{item.name}"
-        for item in pkgutil.iter_modules(package.__path__)
-    }
-    names |= {item.name: item.value.split(":")[0] for item in entry_points(group=package.__name__)}
-    found: dict[str, ModuleType] = {}
-    for method, name in names.items():
-        module = getattr(sys.modules.get(name), "convert", None)
-        if module is not None and hasattr(module, "LAYOUTS"):
-            found[method] = module
-    return found
+    return method_modules("convert")
 
 
 def convert_file(

@@ -1,56 +1,18 @@
-"""From images, a config and a checkpoint to a picture."""
+"""From image files to what the test pipeline of a config makes of them."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from mmengine.config import Config
-from mmengine.dataset import Compose, default_collate
+from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
 
-from patchreg.runner.build import EngineRunner, config_errors, load_config
-from patchreg.runner.compare import load_model
-from patchreg.utils.draw import draw_selection
-from patchreg.utils.errors import ConfigError, DataError, MissingFileError
+from patchreg.runner.build import EngineRunner, config_errors
+from patchreg.utils.errors import DataError, MissingFileError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
-
-
-def draw_granularity(source: str, path: str, checkpoint: str, out: str, count: int = 8) -> None:
-    """Draw how finely each region of some images is looked at, and by which block.
-
-    Args:
-        source: Image file, folder of images, or `test` for the config's test set.
-        path: Config file.
-        checkpoint: Checkpoint, or folder of a run for its newest one.
-        out: Picture to write.
-        count: How many images at most.
-
-    Raises:
-        UserError: An input is missing or cannot be read.
-    """
-    if count < 1:
-        raise ConfigError(f"--count {count}: expected at least 1")
-    if Path(out).suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
-        raise ConfigError(f"--out '{out}': expected a file ending in .png, .pdf, .svg or .jpg")
-    config = load_config(path)
-    model = load_model(config, checkpoint)
-    samples = read_samples(source, config, count)
-    batch = default_collate(samples)
-    images = batch["inputs"].permute(0, 2, 3, 1).numpy().astype(np.uint8)
-    with torch.inference_mode():
-        data = model.data_preprocessor(copy.deepcopy(batch), False)
-        selection = model.select(data["inputs"]).to("cpu")
-        # Models that do not choose block by block have no such method.
-        by_block = getattr(model, "block_shares", lambda inputs: None)(data["inputs"])
-        predicted = model(data["inputs"]).argmax(1).tolist()
-    classes = model_classes(config)
-    titles = [classes[label] if label < len(classes) else str(label) for label in predicted]
-    draw_selection(images, selection, out, titles, blocks=by_block)
 
 
 def read_samples(source: str, config: Config, count: int) -> list[Any]:

