@@ -1,0 +1,49 @@
+"""Counting multiply-accumulates of convolutional networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def conv_macs(module: nn.Module, shape: tuple[int, ...]) -> float:
+    """Count the multiply-accumulates of the convolutions and linear layers for one input.
+
+    The module runs once on the meta device, so nothing is computed and no weight is copied.
+
+    Args:
+        module: Module whose forward takes one tensor.
+        shape: Shape of the input without the batch dimension, such as (3, 224, 224).
+    """
+    found = [0]
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(layer, nn.Linear):
+            found[0] += output[0].numel() * layer.in_features
+        elif isinstance(layer, nn.Conv2d):
+            rows, columns = layer.kernel_size
+            fan_in = layer.in_channels // layer.groups * rows * columns
+            found[0] += output[0].numel() * fan_in
+
+    kinds = (nn.Conv2d, nn.Linear)
+    handles = [
+        layer.register_forward_hook(count) for layer in module.modules() if isinstance(layer, kinds)
+    ]
+    state: dict[str, Any] = {
+        name: value.detach().to("meta")
+        for name, value in (*module.named_parameters(), *module.named_buffers())
+    }
+    training = {layer: layer.training for layer in module.modules()}
+    try:
+        module.eval()
+        with torch.no_grad():
+            functional_call(module, state, (torch.zeros((1, *shape), device="meta"),))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, mode in training.items():
+            layer.training = mode
+    return float(found[0])
