@@ -1,0 +1,1 @@
+"""Choosing patches: soft ranks, rankers, selection."""
