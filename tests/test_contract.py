@@ -123,7 +123,7 @@ def test_config_builds_steps_evaluates_saves_and_reloads(leaf: Path, tmp_path: P
         assert sample.pred_label.item() == row.argmax().item()
         assert torch.allclose(sample.pred_score, row.softmax(0), atol=1e-5)
         assert sample.dense_macs >= 0
-    check_selection(selection, side)
+    check_selection(selection, data["inputs"].shape[-1])
 
     path = tmp_path / "weights.pth"
     torch.save(dict(state_dict=model.state_dict()), path)
@@ -193,6 +193,8 @@ ROLES = (
     "Preprocessor",
     "Loop",
     "LR",
+    "LARS",
+    "ParamScheduler",
     "Wrapper",
     "Constructor",
     "Runner",

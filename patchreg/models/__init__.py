@@ -1,6 +1,6 @@
 """Model parts that several methods share: preprocessor, backbones, heads, classifier."""
 
-from patchreg.models import preprocessor
+from patchreg.models import preprocessor, views
 
 from .backbones import TimmBackbone, VisionTransformerBackbone
 from .base import PatchClassifier, TokenFeatures, stack_targets
@@ -14,4 +14,5 @@ __all__ = [
     "VisionTransformerBackbone",
     "preprocessor",
     "stack_targets",
+    "views",
 ]

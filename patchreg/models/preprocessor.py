@@ -28,6 +28,8 @@ class ImagePreprocessor(BaseDataPreprocessor):
         batch_augment: Config of a transform `(inputs, labels, num_classes) -> (inputs, targets)`
             such as `BatchMixup`, used in training only.
         non_blocking: Copy to the device without waiting (with `pin_memory` of the loader).
+        view: Config of a module that every normalised batch goes through, such as
+            `LowResolutionViewPreprocessor`, or None.
 
     Shape:
         `inputs` of the data: [B, C, H, W] or a list of B images [C, H, W]; returns float32 [B, C,
@@ -48,6 +50,7 @@ class ImagePreprocessor(BaseDataPreprocessor):
         num_classes: int | None = None,
         batch_augment: dict | None = None,
         non_blocking: bool = False,
+        view: dict | None = None,
     ) -> None:
         super().__init__(non_blocking)
         if len(mean) != len(std) or min(std) <= 0:
@@ -61,6 +64,7 @@ class ImagePreprocessor(BaseDataPreprocessor):
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.num_classes = num_classes
+        self.view = None if view is None else MODELS.build(view)
         self.batch_augment = None if batch_augment is None else TRANSFORMS.build(batch_augment)
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
@@ -89,7 +93,7 @@ class ImagePreprocessor(BaseDataPreprocessor):
         return {"inputs": inputs, "data_samples": samples}
 
     def normalise(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
-        """Stack images, move them to the device and normalise them.
+        """Stack images, move them to the device, normalise them and take the view.
 
         Args:
             inputs: Batch, or images of one size.
@@ -117,7 +121,8 @@ class ImagePreprocessor(BaseDataPreprocessor):
                 "LoadImage gives 3 (RGB)"
             )
         inputs = inputs.to(self.device, non_blocking=self._non_blocking)
-        return inputs.to(self.mean.dtype).sub(self.mean).div_(self.std)
+        inputs = inputs.to(self.mean.dtype).sub(self.mean).div_(self.std)
+        return inputs if self.view is None else self.view(inputs)
 
     def _move(self, samples: Sequence[Any]) -> Tensor | None:
         """Move the samples' tensors to the device and return the labels [B], if all have one.

@@ -1,5 +1,6 @@
 """Backbones that several methods share."""
 
+from .cifar_resnet import CIFARResNetBackbone, ThinCIFARResNetBackbone
 from .pixels import PixelBackbone
 from .pvt import PyramidVisionTransformerBackbone
 from .timm import TimmBackbone
@@ -7,8 +8,10 @@ from .torchvision import TorchvisionBackbone
 from .vit import VisionTransformerBackbone
 
 __all__ = [
+    "CIFARResNetBackbone",
     "PixelBackbone",
     "PyramidVisionTransformerBackbone",
+    "ThinCIFARResNetBackbone",
     "TimmBackbone",
     "TorchvisionBackbone",
     "VisionTransformerBackbone",

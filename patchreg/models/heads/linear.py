@@ -30,10 +30,12 @@ class LinearHead(BaseModule):
             evaluation their mean.
         representation_size: Width of a Linear + tanh in front of the classifier, or None.
         loss: Config of the loss on the (class token's) logits.
+        init: Start of the weights: `transformer` (DeiT's), or `torch` (PyTorch's default, usual
+            behind convolutional networks).
         init_cfg: Weights to load, as in MMEngine.
 
     Raises:
-        ConfigError: Unknown `pool`, or `distilled` together with `pool='mean'` or
+        ConfigError: Unknown `pool` or `init`, or `distilled` together with `pool='mean'` or
             `representation_size`.
     """
 
@@ -45,6 +47,7 @@ class LinearHead(BaseModule):
         distilled: bool = False,
         representation_size: int | None = None,
         loss: dict | None = None,
+        init: str = "transformer",
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -52,6 +55,8 @@ class LinearHead(BaseModule):
             raise ConfigError(
                 f"pool={pool!r} is unknown; use 'cls' (class token) or 'mean' (all tokens)"
             )
+        if init not in ("transformer", "torch"):
+            raise ConfigError(f"init={init!r} is unknown; use 'transformer' or 'torch'")
         if distilled and (pool != "cls" or representation_size):
             raise ConfigError(
                 "distilled=True reads the class and the distillation token: use pool='cls' and no "
@@ -68,7 +73,8 @@ class LinearHead(BaseModule):
         if distilled:
             self.head_dist = nn.Linear(width, num_classes)
         self.loss_module = MODELS.build(loss or {"type": "CrossEntropyLoss"})
-        init_transformer(self)
+        if init == "transformer":
+            init_transformer(self)
 
     def forward(self, features: TokenFeatures) -> Tensor | tuple[Tensor, Tensor]:
         """Return the logits; a distilled head returns a pair while training.
