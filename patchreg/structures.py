@@ -1,4 +1,4 @@
-"""The vocabulary that all methods share: which patches, at what cost.
+"""The vocabulary that all methods share: which patches, at what cost; where views were cut out.
 
 Letters: B images, P candidate cells of the grid in raster order, K cells or boxes in the order looked at.
 """
@@ -247,6 +247,87 @@ class PatchSelection:
             raise ValueError("macs and dense_macs belong together: set both or none")
         if self.macs is not None and bool((self.macs <= 0).any()):
             raise ValueError("macs holds values that are not positive")
+
+
+@dataclass(eq=False)
+class ViewGeometry:
+    """Where the views of images were cut out, and which of them are mirrored.
+
+    A view shows its box of the source image, scaled to the view's size and then, if flipped, mirrored
+    left to right. Views of one image share the coordinates of one source image.
+
+    Args:
+        boxes: Top, left, height and width in px of the source, as torchvision's crops give them.
+        flips: Whether a view is mirrored.
+        sizes: Height and width in px of each view.
+
+    Shape:
+        boxes [B, V, 4]; flips [B, V] bool; V sizes.
+    """
+
+    boxes: Tensor
+    flips: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return self.boxes.shape[0]
+
+    @property
+    def num_views(self) -> int:
+        """Views of each image."""
+        return len(self.sizes)
+
+    def to(self, *args: Any, **kwargs: Any) -> ViewGeometry:
+        """Move the tensors, as `torch.Tensor.to` does, without changing their types.
+
+        Args:
+            args: Device, as for a tensor.
+            kwargs: As for a tensor.
+        """
+        return ViewGeometry(
+            self.boxes.to(*args, **kwargs), self.flips.to(*args, **kwargs), self.sizes
+        )
+
+    def centres(self, view: int, grid: tuple[int, int]) -> Tensor:
+        """Return where the centres of a view's patches lie in the source.
+
+        Args:
+            view: Which view.
+            grid: Rows and columns of patches the view is cut into.
+
+        Shape:
+            Returns [B, rows * columns, 2] float64 (y, x) in px.
+        """
+        top, left, height, width = self.boxes[:, view].double().unbind(-1)
+        rows, columns = grid
+        device = self.boxes.device
+        y = (torch.arange(rows, device=device, dtype=torch.float64) + 0.5) / rows
+        x = (torch.arange(columns, device=device, dtype=torch.float64) + 0.5) / columns
+        x = torch.where(self.flips[:, view, None], 1.0 - x, x)
+        y = top[:, None] + height[:, None] * y
+        x = left[:, None] + width[:, None] * x
+        centres = torch.stack(
+            (y[:, :, None].expand(-1, -1, columns), x[:, None, :].expand(-1, rows, -1)), dim=-1
+        )
+        return centres.flatten(1, 2)
+
+    def validate(self) -> None:
+        """Check shapes, types and ranges.
+
+        Raises:
+            ValueError: Names the field, what it holds and what was expected.
+        """
+        if self.boxes.ndim != 3 or tuple(self.boxes.shape[1:]) != (self.num_views, 4):
+            raise ValueError(
+                f"boxes have shape {tuple(self.boxes.shape)}; expected [B, {self.num_views}, 4]"
+            )
+        if self.flips.shape != self.boxes.shape[:2] or self.flips.dtype != torch.bool:
+            raise ValueError(
+                f"flips have shape {tuple(self.flips.shape)} and type {self.flips.dtype}; expected "
+                f"{list(self.boxes.shape[:2])} and torch.bool"
+            )
+        if any(min(size) < 1 for size in self.sizes) or bool((self.boxes[..., 2:] <= 0).any()):
+            raise ValueError("a view or its box is empty; expected at least 1 px on each side")
 
 
 def _pad_columns(tensor: Tensor, width: int) -> Tensor:

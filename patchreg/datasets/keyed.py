@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.logging import print_log
 
 from patchreg.utils.errors import ConfigError, DataError
-from patchreg.utils.random import kept_generators, mix_seed, seed_sample
+from patchreg.utils.random import kept_generators, mix_seed, seed_batch, seed_sample
 
 BAD_SAMPLES = ("error", "skip")
 
@@ -44,8 +44,7 @@ class KeyedDataset:
         return getattr(self.dataset, name)
 
     def __getitem__(self, index: int) -> Any:
-        with kept_generators():
-            return self._read(index)
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """Read a batch; a loader calls it, so that the generators are saved once per batch.
@@ -53,6 +52,8 @@ class KeyedDataset:
         Args:
             indices: Indices of the batch.
         """
+        first = indices[0]
+        seed_batch(self.seed, getattr(first, "epoch", 0), getattr(first, "place", int(first)))
         with kept_generators():
             return [self._read(index) for index in indices]
 

@@ -21,19 +21,23 @@ class SampleIndex(int):
         value: Index in the data set.
         epoch: Epoch from 0.
         view: Repetition within the epoch from 0.
+        place: Samples that all processes together have drawn in the epoch before; the first of a batch
+            has the same on every process, however many share the global batch.
     """
 
     epoch: int
     view: int
+    place: int
 
-    def __new__(cls, value: int, epoch: int = 0, view: int = 0) -> SampleIndex:
+    def __new__(cls, value: int, epoch: int = 0, view: int = 0, place: int = 0) -> SampleIndex:
         self = super().__new__(cls, value)
         self.epoch = epoch
         self.view = view
+        self.place = place
         return self
 
-    def __getnewargs__(self) -> tuple[int, int, int]:  # type: ignore[override]
-        return int(self), self.epoch, self.view
+    def __getnewargs__(self) -> tuple[int, int, int, int]:  # type: ignore[override]
+        return int(self), self.epoch, self.view, self.place
 
 
 class ResumableSampler(Sampler):
@@ -82,8 +86,8 @@ class ResumableSampler(Sampler):
     def __iter__(self) -> Iterator[SampleIndex]:
         skipped, self._skip = self._skip, 0
         mine = islice(self.order(), self.rank, None, self.world_size)
-        for index, view in islice(mine, skipped, self.num_samples):
-            yield SampleIndex(index, self.epoch, view)
+        for number, (index, view) in enumerate(islice(mine, skipped, self.num_samples), skipped):
+            yield SampleIndex(index, self.epoch, view, number * self.world_size)
 
     def __len__(self) -> int:
         return self.num_samples

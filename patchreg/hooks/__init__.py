@@ -1,5 +1,5 @@
 """What happens around the iterations: averaging, progress."""
 
-from patchreg.hooks import checkpoint, ema, logger, progress, runtime
+from patchreg.hooks import checkpoint, ema, finite, freeze, logger, progress, runtime
 
-__all__ = ["checkpoint", "ema", "logger", "progress", "runtime"]
+__all__ = ["checkpoint", "ema", "finite", "freeze", "logger", "progress", "runtime"]

@@ -21,13 +21,21 @@ class PatchEmbed(nn.Module):
         embed_dims: Channels of a token.
         patch_size: Side of a patch in px; also the stride.
         norm: Apply LayerNorm (eps 1e-5) to the tokens, as the pyramid models do.
+        crop_remainder: Leave out pixels at the right and the bottom that fill no patch, instead of
+            refusing the image.
     """
 
     def __init__(
-        self, in_channels: int, embed_dims: int, patch_size: int, norm: bool = False
+        self,
+        in_channels: int,
+        embed_dims: int,
+        patch_size: int,
+        norm: bool = False,
+        crop_remainder: bool = False,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.crop_remainder = crop_remainder
         self.proj = nn.Conv2d(in_channels, embed_dims, patch_size, patch_size)
         self.norm = nn.LayerNorm(embed_dims) if norm else nn.Identity()
 
@@ -41,10 +49,11 @@ class PatchEmbed(nn.Module):
             images [B, in_channels, H * patch, W * patch]; returns [B, H * W, C] and (H, W).
 
         Raises:
-            DataError: A side of the image is no multiple of the patch size.
+            DataError: A side of the image is no multiple of the patch size, or smaller than a patch.
         """
         height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size or 0 in (height, width):
+        remainder = height % self.patch_size or width % self.patch_size
+        if (remainder and not self.crop_remainder) or min(height, width) < self.patch_size:
             nearest = [
                 max(round(n / self.patch_size), 1) * self.patch_size for n in (height, width)
             ]
@@ -140,6 +149,21 @@ class Attention(nn.Module):
         out = attend(query, key, value)
         return self.drop(self.proj(out.transpose(1, 2).reshape(batch, count, dims)))
 
+    def weights(self, x: Tensor) -> Tensor:
+        """Return how much every token looks at every token.
+
+        Args:
+            x: Tokens.
+
+        Shape:
+            x [B, N, C]; returns [B, h, N, N], rows sum to 1.
+        """
+        batch, count, dims = x.shape
+        width = dims // self.num_heads
+        qkv = self.qkv(x).view(batch, count, 3, self.num_heads, width)
+        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return ((query * width**-0.5) @ key.transpose(-2, -1)).softmax(dim=-1)
+
 
 def check_heads(dims: int, num_heads: int) -> int:
     """Return the number of heads if it divides the width.
@@ -223,6 +247,38 @@ def resize_pos_embed(
     cells = pos_embed[:, extra:].reshape(1, *old_grid, dims).permute(0, 3, 1, 2)
     cells = cells.float() if cells.element_size() < 4 else cells
     cells = F.interpolate(cells, size=tuple(new_grid), mode=mode, align_corners=False)
+    cells = cells.to(pos_embed.dtype).permute(0, 2, 3, 1).reshape(1, -1, dims)
+    return torch.cat((pos_embed[:, :extra], cells), dim=1)
+
+
+def resize_pos_embed_by_scale(
+    pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], extra: int = 0
+) -> Tensor:
+    """Resample a position embedding as DINO does: bicubic, by the scale (new + 0.1) / old.
+
+    The scale is used as it is in the map of coordinates, so the numbers differ from those of
+    `resize_pos_embed`, also where the two grids are equal.
+
+    Source:
+        `interpolate_pos_encoding` of the official DINO.
+
+    Args:
+        pos_embed: Entries of the extra tokens first, then of the grid in raster order.
+        old_grid: Grid the embedding was made for.
+        new_grid: Grid wanted.
+        extra: Number of extra tokens E.
+
+    Shape:
+        pos_embed [1, E + old cells, C]; returns [1, E + new cells, C].
+    """
+    dims = pos_embed.shape[-1]
+    cells = pos_embed[:, extra:].reshape(1, *old_grid, dims).permute(0, 3, 1, 2)
+    cells = cells.float() if cells.element_size() < 4 else cells
+    scale = [(new + 0.1) / old for new, old in zip(new_grid, old_grid, strict=True)]
+    cells = F.interpolate(
+        cells, scale_factor=scale, mode="bicubic", align_corners=False, recompute_scale_factor=False
+    )
+    assert tuple(cells.shape[2:]) == tuple(new_grid)
     cells = cells.to(pos_embed.dtype).permute(0, 2, 3, 1).reshape(1, -1, dims)
     return torch.cat((pos_embed[:, :extra], cells), dim=1)
 

@@ -1,6 +1,6 @@
 """From a config to a run: strict check, launch, runner, loops, optimisation, checkpoints."""
 
-from patchreg.runner import loops, optim
+from patchreg.runner import lars, loops, optim, schedules
 from patchreg.runner.build import EngineRunner, build_runner, load_config
 
-__all__ = ["EngineRunner", "build_runner", "load_config", "loops", "optim"]
+__all__ = ["EngineRunner", "build_runner", "lars", "load_config", "loops", "optim", "schedules"]

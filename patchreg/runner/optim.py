@@ -3,27 +3,80 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from mmengine.device import get_device
 from mmengine.logging import MMLogger, print_log
 from mmengine.optim import AmpOptimWrapper as _AmpOptimWrapper
-from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
-from torch import nn
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.optim import OptimWrapper as _OptimWrapper
+from torch import Tensor, nn
 
 from patchreg.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from patchreg.utils.errors import ConfigError
 
 
+@torch.no_grad()
+def clip_each_gradient(parameters: Sequence[Tensor], max_norm: float) -> None:
+    """Scale the gradient of every tensor by itself: by max_norm / (norm + 1e-6) where that is below 1.
+
+    Source:
+        `clip_gradients` of the official DINO.
+
+    Args:
+        parameters: Parameters with gradients, which are changed in place.
+        max_norm: Bound of the norm of each.
+    """
+    gradients = [item.grad for item in parameters if item.grad is not None]
+    scales = torch._foreach_norm(gradients)
+    torch._foreach_add_(scales, 1e-6)
+    torch._foreach_reciprocal_(scales)
+    torch._foreach_mul_(scales, max_norm)
+    torch._foreach_clamp_max_(scales, 1.0)
+    torch._foreach_mul_(gradients, scales)
+
+
 @OPTIM_WRAPPERS.register_module()
-class AmpOptimWrapper(_AmpOptimWrapper):
+class OptimWrapper(_OptimWrapper):
+    """MMEngine's wrapper, with `clip_grad=dict(type='per_tensor', max_norm=3.0)` beside its own kinds.
+
+    Args:
+        optimizer: The optimiser.
+        accumulative_counts: Iterations per step.
+        clip_grad: As for MMEngine (`norm`, `value`), or `per_tensor`, see `clip_each_gradient`.
+
+    Raises:
+        ConfigError: `per_tensor` without a positive `max_norm`, or with anything else.
+    """
+
+    def __init__(
+        self, optimizer: Any, accumulative_counts: int = 1, clip_grad: dict | None = None
+    ) -> None:
+        per_tensor = clip_grad is not None and clip_grad.get("type") == "per_tensor"
+        if per_tensor:
+            assert clip_grad is not None
+            bounds = {key: value for key, value in clip_grad.items() if key != "type"}
+            if set(bounds) != {"max_norm"} or not bounds["max_norm"] > 0:
+                raise ConfigError(
+                    f"clip_grad of type 'per_tensor' got {bounds}; expected max_norm above 0 and nothing "
+                    "else, or clip_grad=None for no clipping"
+                )
+            clip_grad = dict(type="norm", **bounds)
+        _OptimWrapper.__init__(self, optimizer, accumulative_counts, clip_grad)
+        if per_tensor:
+            self.clip_func = clip_each_gradient
+
+
+@OPTIM_WRAPPERS.register_module()
+class AmpOptimWrapper(OptimWrapper, _AmpOptimWrapper):
     """Mixed precision: bfloat16 wherever the device has it, float16 with loss scaling on request.
 
     Args:
         loss_scale: `dynamic` or a fixed scale; used by float16 only.
         dtype: `bfloat16`, `float16`, or None for bfloat16 on CPU and on GPUs that have it, else float16.
-        kwargs: As for `mmengine.optim.OptimWrapper`.
+        kwargs: As for `OptimWrapper`.
 
     Raises:
         ConfigError: The type is unknown, or is float16 on a CPU.

@@ -1,9 +1,10 @@
 """Randomness that does not depend on how a run was launched, interrupted or resumed.
 
 Two kinds of draws are keyed apart. What happens to one sample (augmentation) is keyed by
-(seed, epoch, sample index, view). What the model draws (router noise, drop path, mixing weights) is drawn
-for the *global* batch of an optimisation step from (seed, step, draw number); each process, and each
-part of an accumulated batch, takes its rows.
+(seed, epoch, sample index, view); `shared_seed` is for what a transform does to all samples of a batch
+alike. What the model draws (router noise, drop path, mixing weights) is drawn for the *global* batch of
+an optimisation step from (seed, step, draw number); each process, and each part of an accumulated batch,
+takes its rows.
 
 Row order: with W processes, the samplers hand row `j * W + rank` of a global batch to local row `j`, and an
 accumulated step strings its parts together, so local row j of part a is global row `(a * b + j) * W + rank`.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 _MASK = (1 << 64) - 1
 _samples_generator = np.random.MT19937(0)
+_batch_seed: int | None = None
 
 
 def mix_seed(*parts: int) -> int:
@@ -61,6 +63,25 @@ def seed_sample(seed: int, epoch: int, index: int, view: int = 0) -> None:
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
     torch.default_generator.manual_seed(key)
+
+
+def seed_batch(seed: int, epoch: int, place: int) -> None:
+    """Note what the samples of one global batch have in common, for transforms that ask for it.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Epoch, from 0.
+        place: Samples drawn in the epoch before the batch, by all processes together.
+    """
+    global _batch_seed
+    _batch_seed = mix_seed(seed, epoch, place, 1)
+
+
+def shared_seed() -> int:
+    """Return a seed that is the same for all samples of a global batch; a fresh one outside of loaders."""
+    if _batch_seed is None:
+        return int(torch.randint(0, 1 << 62, (1,)).item())
+    return _batch_seed
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Letters: B images, E extra tokens, H x W token grid, N = E + H * W tokens, C cha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.model import BaseModule
@@ -20,6 +21,7 @@ from patchreg.models.layers import (
     drop_path_rates,
     init_transformer,
     resize_pos_embed,
+    resize_pos_embed_by_scale,
 )
 from patchreg.registry import MODELS
 from patchreg.utils.errors import ConfigError, did_you_mean
@@ -30,6 +32,9 @@ ARCHITECTURES: dict[str, dict[str, int]] = {
     "small": {"embed_dims": 384, "depth": 12, "num_heads": 6},
     "base": {"embed_dims": 768, "depth": 12, "num_heads": 12},
 }
+
+
+POS_RESIZES = ("size", "dino")
 
 
 class TransformerBlock(nn.Module):
@@ -101,11 +106,16 @@ class VisionTransformerBackbone(BaseModule):
         drop_path_rate: Probability of dropping a branch in the last block, rising linearly from 0,
             in [0, 1).
         norm_eps: Epsilon of the layer norms.
+        pos_resize: How the position embedding follows other image sizes: `size` (to the size of the
+            new grid) or `dino` (by DINO's scale; also for images that are not square but have as
+            many patches).
+        crop_remainder: Leave out pixels at the right and the bottom that fill no patch, instead of
+            refusing the image.
         init_cfg: Weights to load, as in MMEngine.
 
     Raises:
-        ConfigError: Unknown `arch`, a distillation token without a class token, or sizes that do
-            not fit.
+        ConfigError: Unknown `arch` or `pos_resize`, a distillation token without a class token, or
+            sizes that do not fit.
     """
 
     def __init__(
@@ -121,9 +131,15 @@ class VisionTransformerBackbone(BaseModule):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-6,
+        pos_resize: str = "size",
+        crop_remainder: bool = False,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        if pos_resize not in POS_RESIZES:
+            raise ConfigError(
+                f"pos_resize='{pos_resize}' is unknown; use one of {', '.join(POS_RESIZES)}"
+            )
         if isinstance(arch, str) and arch not in ARCHITECTURES:
             raise ConfigError(
                 f"arch='{arch}' is unknown.{did_you_mean(arch, ARCHITECTURES)} Use one of "
@@ -145,10 +161,13 @@ class VisionTransformerBackbone(BaseModule):
         self.drop_rate = drop_rate
         self.drop_path_rate = drop_path_rate
         self.norm_eps = norm_eps
+        self.pos_resize = pos_resize
         self.grid = (size[0] // patch_size, size[1] // patch_size)
         self.extra = int(cls_token) + int(dist_token)
 
-        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, patch_size)
+        self.patch_embed = PatchEmbed(
+            in_channels, self.embed_dims, patch_size, crop_remainder=crop_remainder
+        )
         if cls_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
         if dist_token:
@@ -200,8 +219,24 @@ class VisionTransformerBackbone(BaseModule):
             if hasattr(self, name)
         ]
         tokens = torch.cat((*front, tokens), dim=1) if front else tokens
-        pos_embed = resize_pos_embed(self.pos_embed, self.grid, grid, self.extra)
+        pos_embed = self.position_embedding(grid, images.shape[2] == images.shape[3])
         return self.pos_drop(tokens + pos_embed), grid
+
+    def position_embedding(self, grid: tuple[int, int], square: bool = True) -> Tensor:
+        """Return the position embedding for a token grid.
+
+        Args:
+            grid: Rows and columns.
+            square: Whether the image is square in px.
+
+        Shape:
+            Returns [1, N, C].
+        """
+        if self.pos_resize == "size":
+            return resize_pos_embed(self.pos_embed, self.grid, grid, self.extra)
+        if square and grid[0] * grid[1] == self.grid[0] * self.grid[1]:
+            return self.pos_embed
+        return resize_pos_embed_by_scale(self.pos_embed, self.grid, grid, self.extra)
 
     def forward(self, images: Tensor, out_blocks: Sequence[int] = ()) -> TokenFeatures:
         """Encode images.
@@ -229,6 +264,68 @@ class VisionTransformerBackbone(BaseModule):
             blocks=tuple(kept),
             dense_macs=self.macs(grid),
         )
+
+    def last_blocks(self, images: Tensor, count: int = 1) -> list[Tensor]:
+        """Return the tokens after each of the last blocks, passed through the final norm.
+
+        Column 0 of the tokens is the class token, columns from `extra` on are the patches in raster
+        order.
+
+        Source:
+            `get_intermediate_layers` of the official DINO.
+
+        Args:
+            images: Images as for `forward`.
+            count: How many blocks, at most all.
+
+        Shape:
+            images [B, in_channels, H * patch, W * patch]; returns `count` times [B, N, C], the
+            oldest block first.
+
+        Raises:
+            ConfigError: There are not that many blocks.
+        """
+        if not 1 <= count <= self.depth:
+            raise ConfigError(
+                f"count={count}: the backbone has {self.depth} blocks; use 1 to {self.depth}"
+            )
+        features = self(images, out_blocks=range(self.depth - count, self.depth))
+        return [self.norm(block) for block in features.blocks[:-1]] + [features.tokens]
+
+    def last_attention(self, images: Tensor) -> Tensor:
+        """Return the attention of the last block, whose output is not computed.
+
+        Row 0 is what the class token looks at; columns from `extra` on are the patches in raster
+        order.
+
+        Source:
+            `get_last_selfattention` of the official DINO.
+
+        Args:
+            images: Images as for `forward`.
+
+        Shape:
+            images [B, in_channels, H * patch, W * patch]; returns [B, h, N, N], rows sum to 1.
+        """
+        x, _ = self.embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last: Any = self.blocks[-1]
+        return last.attn.weights(last.norm1(x))
+
+    def matmul_macs(self, grid: tuple[int, int]) -> float:
+        """Count the multiply-accumulates of the matrix products alone, for one image.
+
+        This is the figure that papers on ViTs give; `macs` counts biases, norms and softmax too.
+
+        Args:
+            grid: Rows and columns of the token grid.
+        """
+        cells = grid[0] * grid[1]
+        count, dims = self.extra + cells, self.embed_dims
+        block = count * (4 * dims**2 + 2 * dims * int(dims * self.mlp_ratio))
+        block += 2 * count**2 * dims
+        return float(self.patch_embed.proj.weight[0].numel() * dims * cells + self.depth * block)
 
     def macs(self, grid: tuple[int, int]) -> float:
         """Count the multiply-accumulates for one image: patch embedding and blocks.
