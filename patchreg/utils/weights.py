@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patchreg.utils.errors import CheckpointError, MissingFileError
 
-_CONTAINERS = ("state_dict", "model", "state_dict_ema", "model_state_dict")
+_CONTAINERS = ("state_dict", "model", "state_dict_ema", "model_state_dict", "net")
 
 
 def maker_of(path: str | os.PathLike[str]) -> str | None:
