@@ -15,6 +15,7 @@ from mmpretrain.structures import DataSample
 from torch import nn
 
 from patchreg import registry
+from patchreg.models.features import FeatureExtractor
 from patchreg.registry import MODELS
 from patchreg.runner.build import load_config
 from patchreg.runner.checkpoint import load_state
@@ -98,6 +99,9 @@ def test_config_builds_steps_evaluates_saves_and_reloads(leaf: Path, tmp_path: P
     model, side = model_of(leaf)
     if sum(value.numel() for value in model.parameters()) > MAX_PARAMETERS:
         return
+    if isinstance(model, FeatureExtractor):
+        check_features(model, side)
+        return
     model.train()
     loss, losses = step(model, side)
     assert torch.isfinite(loss)
@@ -131,6 +135,17 @@ def test_config_builds_steps_evaluates_saves_and_reloads(leaf: Path, tmp_path: P
     load_state(other, load_file(path)["state_dict"], str(path), strict=True)
     with torch.inference_mode():
         assert torch.equal(other.eval()(data["inputs"]), logits)
+
+
+def check_features(model: FeatureExtractor, side: int) -> None:
+    """The contract of a config that evaluates a frozen backbone."""
+    data = batch(model, side, False)
+    features = model(data["inputs"])
+    assert features.shape[0] == 2
+    assert torch.isfinite(features).all()
+    assert not any(value.requires_grad for value in model.parameters())
+    assert not model.train().training
+    assert torch.allclose(model.features(data["inputs"][1:]), features[1:], atol=1e-4)
 
 
 def check_selection(selection: PatchSelection, side: int) -> None:
@@ -199,6 +214,7 @@ ROLES = (
     "Constructor",
     "Runner",
     "EMA",
+    "Extractor",
 )
 TRANSFORMS = ("LoadImage", "BatchMixup", "RGBRandAugment")
 

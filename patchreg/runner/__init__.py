@@ -1,6 +1,15 @@
 """From a config to a run: strict check, launch, runner, loops, optimisation, checkpoints."""
 
-from patchreg.runner import lars, loops, optim, schedules
+from patchreg.runner import features, lars, loops, optim, schedules
 from patchreg.runner.build import EngineRunner, build_runner, load_config
 
-__all__ = ["EngineRunner", "build_runner", "lars", "load_config", "loops", "optim", "schedules"]
+__all__ = [
+    "EngineRunner",
+    "build_runner",
+    "features",
+    "lars",
+    "load_config",
+    "loops",
+    "optim",
+    "schedules",
+]

@@ -190,8 +190,7 @@ class EngineRunner(Runner):
             CheckpointError: The file is damaged or belongs to another model.
         """
         check_file(filename)
-        checkpoint = load_file(filename, map_location)
-        checkpoint["state_dict"] = state_dict_of(checkpoint, filename)
+        checkpoint = self._read_checkpoint(filename, map_location)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         load_state(self._bare_model(), checkpoint["state_dict"], filename, strict, self.logger)
         self._has_loaded = True
@@ -331,7 +330,7 @@ class EngineRunner(Runner):
         if self._load_from is not None:
             check_file(self._load_from)
             # Read twice on purpose: hooks that take part in loading exist only once the run has begun.
-            state = state_dict_of(load_file(self._load_from), self._load_from)
+            state = self._read_checkpoint(self._load_from)["state_dict"]
             check_state(
                 self._bare_model(), state, self._load_from, self._resume or self._train_loop is None
             )
@@ -341,6 +340,15 @@ class EngineRunner(Runner):
         self._train_loop = self.build_train_loop(self._train_loop)
         if self._val_loop is not None:
             self._val_loop = self.build_val_loop(self._val_loop)
+
+    def _read_checkpoint(self, filename: str, map_location: Any = "cpu") -> dict[str, Any]:
+        """Read a file; a model that takes only a part of one says itself which (`read_checkpoint`)."""
+        read = getattr(self._bare_model(), "read_checkpoint", None)
+        if read is not None and not self._resume:
+            return read(filename)
+        checkpoint = load_file(filename, map_location)
+        checkpoint["state_dict"] = state_dict_of(checkpoint, filename)
+        return checkpoint
 
     def _bare_model(self) -> torch.nn.Module:
         return self.model.module if is_model_wrapper(self.model) else self.model

@@ -291,7 +291,9 @@ def _check_node(path: str, node: Any, kind: Registry) -> None:
             # Below a class of another package its own conventions hold.
             return
     for key in node:
-        if key == "paramwise_cfg" and isinstance(node[key], Mapping):
+        if key.endswith("_dataloader") and node[key] is not None:
+            _check_loader(f"{path}.{key}", node[key])
+        elif key == "paramwise_cfg" and isinstance(node[key], Mapping):
             _check_paramwise(f"{path}.{key}", node[key])
         elif key == "constructor":
             _lookup(f"{path}.{key}", node[key], registry.OPTIM_WRAPPER_CONSTRUCTORS)

@@ -1,0 +1,22 @@
+"""Weighted k-NN on CIFAR-10 with the frozen backbone of a small PW-Self run.
+
+    python tools/test.py configs/pwself/knn_cifar10.py work_dirs/pwself/quick
+
+Hardware and hours: 2 CPU cores, about a minute.
+Expected: above the 45.6 top-1 of the pixels (k = 20) for a long run.
+"""
+
+_base_ = ["../_base_/runtime.py", "../_base_/evaluation/knn_cifar10.py"]
+
+model = dict(
+    type="FeatureExtractor",
+    backbone=dict(
+        type="VisionTransformerBackbone",
+        arch=dict(embed_dims=192, depth=6, num_heads=3),
+        img_size=32,
+        patch_size=4,
+        pos_resize="dino",
+    ),
+    pool="cls",
+    checkpoint_key="teacher",
+)
