@@ -1,5 +1,5 @@
 """PatchGame: two agents play a referential game about patches."""
 
-from . import model
+from . import convert, hook, metric, model
 
-__all__ = ["model"]
+__all__ = ["convert", "hook", "metric", "model"]

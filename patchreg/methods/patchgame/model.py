@@ -151,16 +151,20 @@ class PatchGamePretrainer(BaseModel):
         self.loss_module: ContrastiveLoss = MODELS.build(loss)
 
     def forward(
-        self, inputs: Any, data_samples: list[Any] | None = None, mode: str = "tensor"
+        self,
+        inputs: Any,
+        data_samples: list[Any] | None = None,
+        geometry: Any = None,
+        mode: str = "tensor",
     ) -> Any:
         """Run the model in one of MMEngine's modes.
 
         Args:
             inputs: Preprocessed images; for `loss` and `predict` two views of each, as a list.
-            data_samples: One sample per image, filled by `predict`.
-            mode: `tensor` returns features of the vision tower, `loss` a dict of losses, `predict` the
-                samples with `match_place`: how many other images match the message better, and how many
-                other messages the image.
+            data_samples: Not used: there are no labels.
+            geometry: Not used: the game does not ask where views come from.
+            mode: `tensor` returns features of the vision tower, `loss` a dict of losses, `predict` one
+                dict per image, see `predict`.
 
         Shape:
             inputs [B, 3, H, W], or two of these; features [B, C].
@@ -173,7 +177,7 @@ class PatchGamePretrainer(BaseModel):
         if mode == "loss":
             return self.loss(inputs)
         if mode == "predict":
-            return self.predict(inputs, data_samples)
+            return self.predict(inputs)
         raise ValueError(f"mode={mode!r} is unknown; expected 'tensor', 'loss' or 'predict'")
 
     def features(self, inputs: Tensor) -> Tensor:
@@ -256,21 +260,19 @@ class PatchGamePretrainer(BaseModel):
             temperature=temperature.float().mean(),
         )
 
-    def predict(self, inputs: Any, data_samples: list[Any] | None = None) -> list[Any]:
+    def predict(self, inputs: Any) -> list[dict[str, Any]]:
         """Match messages and images within the batch of this process.
 
         Args:
             inputs: Two views of each image, or one, which then both agents see.
-            data_samples: Samples to fill; their class needs `set_field`.
+
+        Returns:
+            For each image `match_place`, [2] int64: how many other images match its message better, and
+            how many other messages match the image better; `match_count`, the images of the batch.
 
         Shape:
             inputs [B, 3, H, W] once or twice.
-
-        Raises:
-            DataError: There are no samples to fill.
         """
-        if data_samples is None:
-            raise DataError("predict needs one data sample per image to fill; use mode='tensor'")
         result = self.play(*((inputs, inputs) if isinstance(inputs, Tensor) else _views(inputs)))
         image, text = (
             nn.functional.normalize(side.rows.float(), dim=1)
@@ -278,13 +280,11 @@ class PatchGamePretrainer(BaseModel):
         )
         cosines = image @ text.T
         right = cosines.diagonal()
-        places = torch.stack(
-            ((cosines > right[:, None]).sum(1), (cosines > right[None]).sum(0)), dim=1
-        )
-        for sample, place in zip(data_samples, places.cpu(), strict=True):
-            sample.set_field(place, "match_place", dtype=Tensor)
-            sample.set_field(len(places), "match_count", dtype=None, field_type="data")
-        return data_samples
+        places = ((cosines > right[None]).sum(0), (cosines > right[:, None]).sum(1))
+        return [
+            dict(match_place=place, match_count=len(right))
+            for place in torch.stack(places, dim=1).cpu()
+        ]
 
     @torch.no_grad()
     def select(self, inputs: Tensor) -> PatchSelection:
