@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,11 @@ class RecordLossHook(Hook):
     Args:
         terminate: Rank that gets a SIGTERM, or None.
         at: Iterations done at that time.
+        rest: Seconds to wait after every iteration.
     """
 
-    def __init__(self, terminate: int | None = None, at: int = 0) -> None:
-        self.terminate, self.at = terminate, at
+    def __init__(self, terminate: int | None = None, at: int = 0, rest: float = 0.0) -> None:
+        self.terminate, self.at, self.rest = terminate, at, rest
         self.losses: list[float] = []
 
     def after_train_iter(
@@ -86,6 +88,7 @@ class RecordLossHook(Hook):
     ) -> None:
         """Keep the loss."""
         self.losses.append(outputs["loss"].item())
+        time.sleep(self.rest)
         if self.terminate == get_rank() and self.at == runner.iter + 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

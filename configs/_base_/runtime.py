@@ -7,6 +7,7 @@ default_hooks = dict(
     logger=dict(type="LoggerHook", interval=50),
     param_scheduler=dict(type="ParamSchedulerHook"),
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=3),
+    finite_loss=dict(type="FiniteLossHook"),
 )
 custom_hooks = [dict(type="ProgressHook")]
 visualizer = dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")])

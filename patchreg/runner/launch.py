@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 from datetime import timedelta
 
@@ -12,6 +14,26 @@ import torch.distributed as dist
 from patchreg.utils.errors import ConfigError
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
+
+
+def _scontrol(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["scontrol", *arguments], capture_output=True, text=True, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout
+
+
+def _address_of(node: str) -> str:
+    """Return the name of a node if it means something to the network, else the address SLURM uses."""
+    try:
+        socket.getaddrinfo(node, None)
+    except OSError:
+        found = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", node))
+        return found.group(1) if found else node
+    return node
 
 
 def _slurm_environment(port: str | None) -> None:
@@ -24,16 +46,15 @@ def _slurm_environment(port: str | None) -> None:
             f"--launcher slurm, but {error.args[0]} is not set; start the job with tools/slurm_train.sh or srun"
         ) from None
     if "MASTER_ADDR" not in os.environ:
-        shown = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False
-        )
-        hosts = shown.stdout.split()
+        hosts = _scontrol("show", "hostnames", nodes).split()
         if not hosts:
             raise ConfigError(
                 f"scontrol could not expand the node list '{nodes}'; set MASTER_ADDR to the first node"
             )
-        os.environ["MASTER_ADDR"] = hosts[0]
-    os.environ.setdefault("MASTER_PORT", port or "29500")
+        os.environ["MASTER_ADDR"] = _address_of(hosts[0])
+    # Jobs that share a node must not meet on one port.
+    usual = 20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 20000
+    os.environ.setdefault("MASTER_PORT", port or str(usual))
     os.environ["RANK"], os.environ["WORLD_SIZE"] = rank, world
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
 
@@ -88,4 +109,24 @@ def init_processes(
                 "backend 'nccl' needs a GPU and none is visible; use 'gloo' or leave it out"
             )
         torch.cuda.set_device(local_rank % gpus)
-    dist.init_process_group(backend=backend, timeout=timedelta(seconds=timeout))
+    try:
+        dist.init_process_group(backend=backend, timeout=timedelta(seconds=timeout))
+    except (dist.DistError, RuntimeError) as error:
+        raise ConfigError(_why_not_joined(error, timeout)) from error
+
+
+def _why_not_joined(error: Exception, timeout: int) -> str:
+    """Say in words why the processes of a run did not find each other."""
+    rank, world = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
+    place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    text = str(error)
+    start = f"process {rank} of {world} could not join the others at {place}: "
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        return f"{start}the port is in use; set another one in PORT (tools/dist_train.sh) or MASTER_PORT"
+    if "timed out" in text.lower() or "timeout" in text.lower() or "connected" in text:
+        return (
+            f"{start}not all {world} processes came within {timeout} s (env_cfg.dist_cfg.timeout); "
+            "look for the first error of the missing ones in their logs, and check that MASTER_ADDR "
+            "and the port can be reached"
+        )
+    return f"{start}{text.splitlines()[0] if text else type(error).__name__}"

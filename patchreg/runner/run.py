@@ -55,6 +55,8 @@ def train(
         UserError: Something given is wrong; nothing is left behind.
     """
     config = load_config(path, options, work_dir, moved)
+    if resume is None and _restarted():
+        resume = "auto"
     if "stages" in config:
         from patchreg.runner.stages import run_stages
 
@@ -149,6 +151,14 @@ def evaluate(
                 "no checkpoint given: the model is evaluated as it was initialised"
             )
         return runner.test()
+
+
+def _restarted() -> bool:
+    """Whether the launcher has started this run before: torchrun after a failure, SLURM after a requeue."""
+    return any(
+        int(os.environ.get(name, 0)) > 0
+        for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    )
 
 
 def _apply(config: Config, launcher: str, seed: int | None) -> None:

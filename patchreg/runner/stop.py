@@ -68,7 +68,7 @@ class StopSignals:
         self._own_group = False
         self._exchange: Any = None
         self._sent = torch.zeros(2, dtype=torch.float64)
-        self._last = time.monotonic()
+        self._last: float | None = None
         self._count = 0
         self._interval = 1
         self._agreed = 0
@@ -126,6 +126,10 @@ class StopSignals:
 
     def _agree(self) -> None:
         """Exchange wishes now and then: what was sent in one iteration is read in the next one."""
+        if self._last is None:
+            # No iteration has been timed yet; a duration of nothing would put the next exchange far away.
+            self._last = time.monotonic()
+            return
         self._count += 1
         if self._exchange is not None:
             self._exchange.wait()

@@ -102,13 +102,28 @@ def run_tool(main: Callable[[], int | None]) -> int:
         The exit code: 2 after a `UserError` (set `PATCHREG_TRACEBACK=1` to see where it was raised), 130
         after Ctrl-C.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return _run(main)
+    stopped = None
+    code = 0
     try:
-        leave(_run(main))
-    except SystemExit as stopped:
-        leave(stopped.code if isinstance(stopped.code, int) else 1)
-    raise AssertionError("unreachable")
+        code = _run(main)
+    except SystemExit as error:
+        stopped = error
+        code = error.code if isinstance(error.code, int) else 1
+    except Exception:
+        if _alone():
+            raise
+        traceback.print_exc()
+        code = 1
+    # Launchers other than torchrun tell the number of processes in words of their own; by now it is known.
+    if not _alone():
+        leave(code)
+    if stopped is not None:
+        raise stopped
+    return code
+
+
+def _alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
 def _run(main: Callable[[], int | None]) -> int:
