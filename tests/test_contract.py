@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.dataset import default_collate
 from mmengine.registry import init_default_scope
 from mmpretrain.structures import DataSample
 from torch import nn
 
 from patchreg import registry
 from patchreg.models.features import FeatureExtractor
+from patchreg.models.multi_view import MultiViewPreprocessor
 from patchreg.registry import MODELS
 from patchreg.runner.build import load_config
 from patchreg.runner.checkpoint import load_state
 from patchreg.structures import PatchSelection
+from patchreg.transforms.multi_view import MultiView
 from patchreg.utils.random import batch_random, seed_all
 from patchreg.utils.weights import load_file
 
@@ -78,9 +81,14 @@ def model_of(leaf: Path) -> tuple[nn.Module, int]:
 
 
 def batch(model: nn.Module, side: int, training: bool) -> dict[str, Any]:
-    """Two random images through the model's preprocessor."""
+    """Two random images through the model's preprocessor; in training views of them, if it takes views."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=generator)
+    if training and isinstance(model.data_preprocessor, MultiViewPreprocessor):
+        views = [dict(num=2, size=side, scale=(0.4, 1.0)), dict(size=side // 2, scale=(0.1, 0.4))]
+        cut = MultiView(views, source_size=side)
+        samples = [cut(dict(img=image.permute(1, 2, 0).numpy())) for image in images]
+        return model.data_preprocessor(default_collate(samples), training)
     samples = [DataSample().set_gt_label(label) for label in (1, 3)]
     return model.data_preprocessor(dict(inputs=images, data_samples=samples), training)
 
@@ -124,6 +132,9 @@ def test_config_builds_steps_evaluates_saves_and_reloads(leaf: Path, tmp_path: P
     assert logits.shape[0] == 2
     assert torch.isfinite(logits).all()
     for row, sample in zip(logits, samples, strict=True):
+        if "feature" in sample:
+            assert torch.equal(sample.feature, row)
+            continue
         assert sample.pred_label.item() == row.argmax().item()
         assert torch.allclose(sample.pred_score, row.softmax(0), atol=1e-5)
         assert sample.dense_macs >= 0
@@ -215,8 +226,9 @@ ROLES = (
     "Runner",
     "EMA",
     "Extractor",
+    "Pretrainer",
 )
-TRANSFORMS = ("LoadImage", "BatchMixup", "RGBRandAugment")
+TRANSFORMS = ("LoadImage", "BatchMixup", "RGBRandAugment", "MultiView", "ThumbnailResize")
 
 
 def test_registered_classes_are_named_by_their_role() -> None:

@@ -1,19 +1,23 @@
 """Model parts that several methods share: preprocessor, backbones, heads, classifier."""
 
-from patchreg.models import preprocessor, views
+from patchreg.models import multi_view, preprocessor, views
 
 from .backbones import TimmBackbone, VisionTransformerBackbone
 from .base import PatchClassifier, TokenFeatures, stack_targets
 from .features import FeatureExtractor
 from .heads import LinearHead
+from .probe import LinearProbeClassifier, LinearProbeHead
 
 __all__ = [
     "FeatureExtractor",
     "LinearHead",
+    "LinearProbeClassifier",
+    "LinearProbeHead",
     "PatchClassifier",
     "TimmBackbone",
     "TokenFeatures",
     "VisionTransformerBackbone",
+    "multi_view",
     "preprocessor",
     "stack_targets",
     "views",
