@@ -1,6 +1,6 @@
 """Model parts that several methods share: preprocessor, backbones, heads, classifier."""
 
-from patchreg.models import multi_view, preprocessor, views
+from patchreg.models import multi_view, preprocessor, selectors, timm_patches, views
 
 from .backbones import TimmBackbone, VisionTransformerBackbone
 from .base import PatchClassifier, TokenFeatures, stack_targets
@@ -19,6 +19,8 @@ __all__ = [
     "VisionTransformerBackbone",
     "multi_view",
     "preprocessor",
+    "selectors",
     "stack_targets",
+    "timm_patches",
     "views",
 ]

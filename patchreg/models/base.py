@@ -6,6 +6,7 @@ classes.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from patchreg.registry import MODELS
 from patchreg.structures import PatchSelection
-from patchreg.utils.errors import DataError
+from patchreg.utils.errors import ConfigError, DataError
 
 
 @dataclass(eq=False)
@@ -129,6 +130,27 @@ class PatchClassifier(BaseModel):
             inputs [B, 3, H, W].
         """
         return self.backbone(inputs)
+
+    def classify_kept(self, inputs: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return logits from some patches only, the cost of each image, and that of a whole one.
+
+        Args:
+            inputs: Preprocessed images.
+            cells: Patches that take part; the others are never computed.
+
+        Shape:
+            inputs [B, 3, H, W]; cells [B, kept] int64; returns [B, K], float64 [B] and a number.
+
+        Raises:
+            ConfigError: The backbone needs all patches.
+        """
+        if "cells" not in inspect.signature(self.backbone.forward).parameters:
+            raise ConfigError(
+                f"{type(self.backbone).__name__} needs all patches; use a VisionTransformerBackbone, or a "
+                "ViT of timm in a TimmPatchClassifier"
+            )
+        features = self.backbone(inputs, cells=cells)
+        return self.head(features), *self.cost(features)
 
     def loss(self, inputs: Tensor, data_samples: list[Any]) -> dict[str, Tensor]:
         """Return the losses of a training batch.

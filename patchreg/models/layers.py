@@ -283,6 +283,56 @@ def resize_pos_embed_by_scale(
     return torch.cat((pos_embed[:, :extra], cells), dim=1)
 
 
+def kept_cells(keep: Tensor) -> Tensor:
+    """Return the kept cells of each image in raster order.
+
+    Args:
+        keep: Mask, of any type; every image keeps the same number.
+
+    Shape:
+        keep [B, H * W]; returns [B, kept] int64.
+
+    Raises:
+        DataError: Images keep different numbers of cells, or none.
+    """
+    counts = keep.bool().sum(dim=1)
+    low, high = int(counts.min()), int(counts.max())
+    if low != high or low == 0:
+        raise DataError(
+            f"images keep {low} to {high} patches; a batch needs the same number of each, at least 1: "
+            "keep the k best of every image"
+        )
+    return keep.bool().nonzero()[:, 1].view(len(keep), low)
+
+
+def keep_tokens(tokens: Tensor, cells: Tensor, extra: int) -> Tensor:
+    """Return the extra tokens and those of some cells.
+
+    Args:
+        tokens: Extra tokens first, then the grid in raster order.
+        cells: Cells to keep; every image keeps the same number.
+        extra: Number of extra tokens E.
+
+    Shape:
+        tokens [B, N, C]; cells [B, kept] int64; returns [B, E + kept, C].
+
+    Raises:
+        DataError: The rows of cells are not those of the images; on a CPU also a cell outside of the
+            grid.
+    """
+    if cells.ndim != 2 or len(cells) != len(tokens):
+        raise DataError(
+            f"cells have shape {tuple(cells.shape)}; expected one row for each of {len(tokens)} images"
+        )
+    count = tokens.shape[1] - extra
+    if cells.device.type == "cpu" and cells.numel():
+        low, high = int(cells.min()), int(cells.max())
+        if low < 0 or high >= count:
+            raise DataError(f"cells lie in {low}..{high}; the grid has 0..{count - 1}")
+    kept = tokens.gather(1, (cells + extra).unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+    return torch.cat((tokens[:, :extra], kept), dim=1) if extra else kept
+
+
 def init_transformer(module: nn.Module) -> None:
     """Initialise every Linear (trunc_normal 0.02, bias 0) and LayerNorm (1, 0) below a module.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from patchreg.methods.patchgame.speaker import probe
 from patchreg.models.base import TokenFeatures
@@ -149,7 +150,13 @@ class PatchGameListener(nn.Module):
                 f"{self.max_len} per patch"
             )
         front = self.cls_token.expand(len(tokens), -1, -1)
-        return self.encoder(torch.cat((front, tokens), dim=1) + positions)[:, 0]
+        tokens = torch.cat((front, tokens), dim=1) + positions
+        half = torch.is_autocast_enabled("cpu") or tokens.element_size() == 2
+        if tokens.device.type == "cpu" and half:
+            # The fused CPU kernel of PyTorch takes several times as long in half precision.
+            with sdpa_kernel(SDPBackend.MATH):
+                return self.encoder(tokens)[:, 0]
+        return self.encoder(tokens)[:, 0]
 
     def look(self, images: Tensor) -> Tensor:
         """Return the feature of an image, which the vision tower is judged by.
@@ -164,22 +171,22 @@ class PatchGameListener(nn.Module):
 
 
 def vector(output: Tensor | TokenFeatures) -> Tensor:
-    """Return one vector per image: the class token, or what the backbone gives.
+    """Return one vector per image: the class token, the mean of a map, or what the backbone gives.
 
     Args:
-        output: Tokens with a class token, or vectors.
+        output: Tokens with a class token, a map, or vectors.
 
     Shape:
         Returns [B, C].
 
     Raises:
-        ConfigError: Tokens without a class token, or a map.
+        ConfigError: Tokens without a class token.
     """
     if isinstance(output, TokenFeatures) and output.extra:
         return output.tokens[:, 0]
-    if isinstance(output, TokenFeatures) or output.ndim != 2:
-        raise ConfigError(
-            "the listener's backbone gives no vector per image; use a ViT with cls_token=True, or "
-            "TorchvisionBackbone with output='features'"
-        )
-    return output
+    if not isinstance(output, TokenFeatures) and output.ndim in (2, 4):
+        return output if output.ndim == 2 else output.mean(dim=(2, 3))
+    raise ConfigError(
+        "the listener's backbone gives no vector per image; use a ViT with cls_token=True, or "
+        "TorchvisionBackbone with output='features'"
+    )

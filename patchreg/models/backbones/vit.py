@@ -20,6 +20,7 @@ from patchreg.models.layers import (
     drop_path,
     drop_path_rates,
     init_transformer,
+    keep_tokens,
     resize_pos_embed,
     resize_pos_embed_by_scale,
 )
@@ -238,17 +239,26 @@ class VisionTransformerBackbone(BaseModule):
             return self.pos_embed
         return resize_pos_embed_by_scale(self.pos_embed, self.grid, grid, self.extra)
 
-    def forward(self, images: Tensor, out_blocks: Sequence[int] = ()) -> TokenFeatures:
-        """Encode images.
+    def forward(
+        self, images: Tensor, out_blocks: Sequence[int] = (), cells: Tensor | None = None
+    ) -> TokenFeatures:
+        """Encode images, or some patches of them.
 
         Args:
             images: Images whose sides are multiples of the patch size.
             out_blocks: Blocks, from 0, whose outputs are returned too.
+            cells: Patches that take part, or None for all. They keep their positions; the others are
+                removed behind the embedding, extra tokens stay.
 
         Shape:
-            images [B, in_channels, H * patch, W * patch]; tokens [B, N, C].
+            images [B, in_channels, H * patch, W * patch]; cells [B, K] int64; tokens [B, N, C], with
+            cells [B, E + K, C].
         """
         x, grid = self.embed(images)
+        macs = None
+        if cells is not None:
+            x = keep_tokens(x, cells, self.extra)
+            macs = x.new_full((len(x),), self.macs(grid, cells.shape[1]), dtype=torch.float64)
         uniforms: Sequence[Tensor | None] = [None] * self.depth
         if self.training and self.drop_path_rate > 0:
             uniforms = batch_random.uniform(len(x), (self.depth, 2), x.device).unbind(1)
@@ -262,6 +272,7 @@ class VisionTransformerBackbone(BaseModule):
             grid=grid,
             extra=self.extra,
             blocks=tuple(kept),
+            macs=macs,
             dense_macs=self.macs(grid),
         )
 
@@ -327,14 +338,15 @@ class VisionTransformerBackbone(BaseModule):
         block += 2 * count**2 * dims
         return float(self.patch_embed.proj.weight[0].numel() * dims * cells + self.depth * block)
 
-    def macs(self, grid: tuple[int, int]) -> float:
+    def macs(self, grid: tuple[int, int], kept: int | None = None) -> float:
         """Count the multiply-accumulates for one image: patch embedding and blocks.
 
         Args:
             grid: Rows and columns of the token grid.
+            kept: Patches that reach the blocks, or None for all.
         """
         cells = grid[0] * grid[1]
-        count, dims = self.extra + cells, self.embed_dims
+        count, dims = self.extra + (cells if kept is None else kept), self.embed_dims
         hidden = int(dims * self.mlp_ratio)
         block = count * (2 * dims + 4 * dims**2 + 2 * dims * hidden + hidden)
         block += 2 * count**2 * dims + 3 * count**2 * self.num_heads
