@@ -12,9 +12,10 @@ model = dict(
     type="FeatureExtractor",
     backbone=dict(
         type="VisionTransformerBackbone",
-        arch=dict(embed_dims=192, depth=6, num_heads=3),
+        arch=dict(embed_dims=128, depth=4, num_heads=4),
         img_size=32,
         patch_size=4,
+        mlp_ratio=2,
         pos_resize="dino",
     ),
     pool="cls",

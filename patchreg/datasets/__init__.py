@@ -2,10 +2,14 @@
 
 from patchreg.datasets import (  # noqa: F401
     cifar,
+    copydays,
+    davis,
     fashion_mnist,
     image_files,
+    image_list,
     inaturalist,
     keyed,
     quick_start,
+    revisited,
     samplers,
 )

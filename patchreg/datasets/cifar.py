@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from patchreg.datasets.base import LabelledDataset
 from patchreg.registry import DATASETS
 from patchreg.utils.errors import DataError, MissingFileError
+from patchreg.utils.pickles import unpickle_arrays
 
 CIFAR10_CLASSES = (
     "airplane",
@@ -41,23 +41,6 @@ CIFAR100_CLASSES = tuple(
 )
 
 PIXELS = 32 * 32 * 3
-# A pickled array refers to these functions and to nothing else.
-_PICKLE_ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickler that knows containers, strings, numbers and NumPy arrays."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _PICKLE_ALLOWED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no data file needs")
-        return super().find_class(module, name)
 
 
 def read_pickled_batch(path: Path, md5: str | None) -> dict[bytes, Any]:
@@ -78,7 +61,7 @@ def read_pickled_batch(path: Path, md5: str | None) -> dict[bytes, Any]:
             "because unpickling a foreign file can run code. Fetch the official archive again"
         )
     try:
-        return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+        return unpickle_arrays(content, encoding="bytes")
     except pickle.UnpicklingError as error:
         raise DataError(f"'{path}' is not loaded: {error}") from error
 

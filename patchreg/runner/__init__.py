@@ -1,6 +1,6 @@
 """From a config to a run: strict check, launch, runner, loops, optimisation, checkpoints."""
 
-from patchreg.runner import features, lars, loops, optim, schedules
+from patchreg.runner import features, lars, loops, optim, propagation, schedules
 from patchreg.runner.build import EngineRunner, build_runner, load_config
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "load_config",
     "loops",
     "optim",
+    "propagation",
     "schedules",
 ]
