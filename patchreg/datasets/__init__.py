@@ -5,6 +5,7 @@ from patchreg.datasets import (  # noqa: F401
     copydays,
     davis,
     fashion_mnist,
+    fmow,
     image_files,
     image_list,
     inaturalist,

@@ -131,6 +131,68 @@ def draw_curves(
     _save(figure, path)
 
 
+def draw_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    path: str | Path,
+) -> None:
+    """Draw several lines into one panel.
+
+    Args:
+        lines: Points (x, y) of each line by its label.
+        x_label: What x is.
+        y_label: What y is.
+        path: Picture file to write; its folder is made.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    for label, points in lines.items():
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_ranges(
+    curves: Mapping[str, Mapping[float, Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    path: str | Path,
+) -> None:
+    """Draw curves into one panel: the mean of several values at each place, and their range.
+
+    Args:
+        curves: For each curve by its label, the values at each x.
+        x_label: What x is.
+        y_label: What the values are.
+        path: Picture file to write; its folder is made.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5.6, 4.0), layout="constrained")
+    for label, points in curves.items():
+        places = sorted(points)
+        means = [sum(points[x]) / len(points[x]) for x in places]
+        axis.plot(places, means, marker="o", markersize=4, label=label)
+        low, high = ([pick(points[x]) for x in places] for pick in (min, max))
+        axis.fill_between(places, low, high, alpha=0.2)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
 def _save(figure: Any, path: str | Path) -> None:
     from matplotlib import pyplot as plt
 

@@ -57,8 +57,10 @@ class _ConvBackbone(BaseModule):
         Shape:
             images [B, 3, H, W]; tokens [B, h * w, C].
         """
-        # Channels last is the faster layout for convolutions on CPUs and in half precision.
-        images = images.contiguous(memory_format=torch.channels_last)
+        if torch.is_autocast_enabled(images.device.type):
+            # Half-precision convolutions are faster in this layout. In float32 it is left alone:
+            # other rounding flips units next to zero, whose gradients are then not the official ones.
+            images = images.contiguous(memory_format=torch.channels_last)
         return map_features(self.map(images), self.macs(tuple(images.shape[1:])))
 
     def macs(self, shape: tuple[int, ...]) -> float:
