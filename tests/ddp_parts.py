@@ -71,16 +71,28 @@ in_float64()
 
 @HOOKS.register_module()
 class RecordLossHook(Hook):
-    """Write this process's loss of every iteration to the work dir; terminate one process if asked.
+    """Write this process's loss of every iteration to the work dir; harm one process if asked.
 
     Args:
         terminate: Rank that gets a SIGTERM, or None.
+        kill: Rank that gets a SIGKILL at the first start of the run, or None.
+        poison: Rank whose loss becomes NaN in the next iteration, or None.
         at: Iterations done at that time.
         rest: Seconds to wait after every iteration.
     """
 
-    def __init__(self, terminate: int | None = None, at: int = 0, rest: float = 0.0) -> None:
-        self.terminate, self.at, self.rest = terminate, at, rest
+    priority = "HIGH"
+
+    def __init__(
+        self,
+        terminate: int | None = None,
+        kill: int | None = None,
+        poison: int | None = None,
+        at: int = 0,
+        rest: float = 0.0,
+    ) -> None:
+        self.terminate, self.kill, self.poison = terminate, kill, poison
+        self.at, self.rest = at, rest
         self.losses: list[float] = []
 
     def after_train_iter(
@@ -89,8 +101,13 @@ class RecordLossHook(Hook):
         """Keep the loss."""
         self.losses.append(outputs["loss"].item())
         time.sleep(self.rest)
-        if self.terminate == get_rank() and self.at == runner.iter + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.at == runner.iter + 1:
+            if self.terminate == get_rank():
+                os.kill(os.getpid(), signal.SIGTERM)
+            if self.kill == get_rank() and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+        if self.poison == get_rank() and self.at == runner.iter:
+            outputs["loss"].fill_(float("nan"))
 
     def after_train(self, runner: Any) -> None:
         """Write the losses."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from patchreg.registry import RUNNERS
 from patchreg.runner.checkpoint import (
     check_file,
     check_state,
+    load_parts,
     load_state,
     open_gradients,
     plain,
@@ -325,6 +327,7 @@ class EngineRunner(Runner):
         Args:
             mode: `train` or `test`.
         """
+        load_parts(self._bare_model(), self.logger)
         if self._resume and self._load_from is None:
             self._load_from = self._newest_sound()
         if self._load_from is not None:
@@ -337,6 +340,7 @@ class EngineRunner(Runner):
         if mode == "test":
             self._test_loop = self.build_test_loop(self._test_loop)
             return
+        check_room(self.work_dir, self._bare_model())
         self._train_loop = self.build_train_loop(self._train_loop)
         if self._val_loop is not None:
             self._val_loop = self.build_val_loop(self._val_loop)
@@ -357,6 +361,28 @@ class EngineRunner(Runner):
         """Evaluate on the validation set, with draws from the global generators."""
         batch_random.end()
         return super().val()
+
+
+def check_room(work_dir: str | os.PathLike[str], model: torch.nn.Module) -> None:
+    """Refuse a work dir that has no room for a single checkpoint.
+
+    Args:
+        work_dir: Folder of a run.
+        model: What will be saved, with two values of optimiser state per trained parameter.
+
+    Raises:
+        ConfigError: The disk is too full.
+    """
+    if not mmengine.dist.is_main_process():
+        return
+    state = sum(value.nbytes for value in model.state_dict().values())
+    trained = sum(value.nbytes for value in model.parameters() if value.requires_grad)
+    needed, free = state + 2 * trained, shutil.disk_usage(work_dir).free
+    if free < needed:
+        raise ConfigError(
+            f"work_dir '{work_dir}' is on a disk with {free / 2**20:.1f} MB left, and one checkpoint needs "
+            f"about {needed / 2**20:.1f} MB; make room, or choose another folder with --work-dir"
+        )
 
 
 def _scheduler_pairs(mine: Any, theirs: Any) -> list[tuple[Any, Any]]:
@@ -492,7 +518,7 @@ def _resolve_checkpoints(node: Any, moved: Mapping[str, str]) -> None:
     for key, value in list(items):
         if isinstance(value, (dict, list)):
             _resolve_checkpoints(value, moved)
-        elif isinstance(value, str) and key in ("checkpoint", "load_from"):
+        elif isinstance(value, str) and key in ("checkpoint", "load_from", "table"):
             for usual, actual in moved.items():
                 if Path(value).is_relative_to(usual):
                     value = os.path.join(actual, os.path.relpath(value, usual))

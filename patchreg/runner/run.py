@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +21,14 @@ from patchreg.runner.build import (
     resolve_checkpoint,
 )
 from patchreg.runner.explain import describe
-from patchreg.utils.errors import ConfigError, MissingFileError, UserError
+from patchreg.utils.errors import ConfigError, MissingFileError, ProcessLostError, UserError
 from patchreg.utils.weights import maker_of
+
+_LOST = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection (was )?closed|timed out waiting|gloo.*timeout"
+    r"|nccl.*(remote|abort|timeout)",
+    re.IGNORECASE,
+)
 
 
 def train(
@@ -93,7 +100,8 @@ def train(
             runner = build_runner(config)
             with config_errors("the training cannot be set up"):
                 runner.prepare("train")
-        runner.train()
+        with _told_by_every_process():
+            runner.train()
 
 
 def evaluate(
@@ -151,6 +159,30 @@ def evaluate(
                 "no checkpoint given: the model is evaluated as it was initialised"
             )
         return runner.test()
+
+
+@contextmanager
+def _told_by_every_process() -> Iterator[None]:
+    """Let errors of the training itself be printed by the process that has them, whichever it is.
+
+    Raises:
+        ProcessLostError: Another process of the run has gone.
+    """
+    try:
+        yield
+    except UserError as error:
+        error.own = True
+        raise
+    except RuntimeError as error:
+        if not dist.is_initialized() or not _LOST.search(str(error)):
+            raise
+        lost = ProcessLostError(
+            "the connection to another process of this run is lost; that process's own error stands "
+            "above this line or in the log of its task. Continue from the newest checkpoint with --resume "
+            f"({str(error).splitlines()[0][:200]})"
+        )
+        lost.own = True
+        raise lost from error
 
 
 def _restarted() -> bool:

@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterable
 class UserError(Exception):
     """Something the user gave is wrong; the text says what, what was expected and what to do.
 
-    A tool prints it as one message and leaves with exit code 2.
+    A tool prints it as one message and leaves with exit code 2. Of several processes the first one prints,
+    because all have the same mistake, and any other one whose error is its `own`.
     """
+
+    own = False
 
 
 class ConfigError(UserError, ValueError):
@@ -32,6 +35,10 @@ class MissingFileError(UserError, FileNotFoundError):
 
 class DataError(UserError, ValueError):
     """A data set or one of its files cannot be used."""
+
+
+class ProcessLostError(UserError):
+    """Another process of a distributed run has gone."""
 
 
 class CheckpointError(UserError, ValueError):
@@ -132,8 +139,10 @@ def _run(main: Callable[[], int | None]) -> int:
     except UserError as error:
         if os.environ.get("PATCHREG_TRACEBACK") == "1":
             raise
-        if int(os.environ.get("RANK", 0)) == 0 or os.environ.get("PATCHREG_ALL_RANKS") == "1":
-            print(f"error: {message_of(error)}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        if rank == 0 or error.own or os.environ.get("PATCHREG_ALL_RANKS") == "1":
+            place = f" (process {rank})" if error.own and not _alone() else ""
+            print(f"error{place}: {message_of(error)}", file=sys.stderr)
         # The frames of the failed run hold its loader workers, which end when they are let go.
         traceback.clear_frames(error.__traceback__)
         return 2
