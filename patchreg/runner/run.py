@@ -43,7 +43,7 @@ def train(
     seed: int | None = None,
     dry_run: bool = False,
     moved: Mapping[str, str] | None = None,
-) -> None:
+) -> dict[str, float]:
     """Train the model of a config, or run its stages.
 
     Args:
@@ -58,6 +58,9 @@ def train(
         dry_run: Whether to print the flow of the config and stop.
         moved: Where earlier stages wrote instead of their usual work dirs.
 
+    Returns:
+        The metrics of the last validation; empty after stages and after a dry run.
+
     Raises:
         UserError: Something given is wrong; nothing is left behind.
     """
@@ -69,7 +72,7 @@ def train(
 
         shared = dict(amp=amp, auto_scale_lr=auto_scale_lr, launcher=launcher, seed=seed)
         run_stages(config, resume=resume is not None, dry_run=dry_run, **shared)
-        return
+        return {}
     _apply(config, launcher, seed)
     if amp:
         _use_amp(config)
@@ -90,7 +93,7 @@ def train(
         config.load_from = _existing(resume)
     if dry_run:
         print(describe(config))
-        return
+        return {}
     if config.get("train_cfg") is None:
         raise ConfigError(
             f"'{path}' has no train_cfg: there is nothing to train; evaluate it with tools/test.py"
@@ -102,6 +105,10 @@ def train(
                 runner.prepare("train")
         with _told_by_every_process():
             runner.train()
+        scalars = runner.message_hub.log_scalars
+        return {
+            key[4:]: float(value.current()) for key, value in scalars.items() if key[:4] == "val/"
+        }
 
 
 def evaluate(

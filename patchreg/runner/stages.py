@@ -25,7 +25,7 @@ def run_stages(
     dry_run: bool = False,
     **shared: Any,
 ) -> None:
-    """Run the leaves that a config lists under `stages`, in order.
+    """Run the leaves that a config lists under `stages`, in order, and print what each reached.
 
     A leaf that trains is trained, one that only evaluates is evaluated. A checkpoint that a leaf expects
     below the usual work dir of an earlier leaf is taken from where that stage wrote. All leaves are checked
@@ -85,11 +85,32 @@ def _run(
             continue
         options: dict[str, Any] = dict(work_dir=target, moved=earlier, dry_run=dry_run)
         if trains:
-            train(leaf, resume="auto" if resume else None, **options, **shared)
-            result: dict[str, Any] = {"checkpoint": latest_checkpoint(target)}
+            metrics = train(leaf, resume="auto" if resume else None, **options, **shared)
+            result: dict[str, Any] = {"checkpoint": latest_checkpoint(target), "metrics": metrics}
         else:
             used = {key: shared[key] for key in ("launcher", "seed") if key in shared}
             result = {"metrics": evaluate(leaf, **options, **used)}
         if not dry_run and first:
             record[leaf] = result
             write_safely(record_path, json.dumps(record, indent=1).encode())
+    if first and not dry_run:
+        print(summary({leaf: record[leaf] for leaf, *_ in plan}), flush=True)
+
+
+def summary(record: dict[str, Any]) -> str:
+    """Return what every stage reached: one line per stage, with the metrics of its last evaluation.
+
+    Timings and the extremes of the cost are left out.
+
+    Args:
+        record: Result of each stage by its leaf.
+    """
+    lines = ["all stages are finished"]
+    for leaf, result in record.items():
+        shown = [
+            f"{name} {value:.4g}"
+            for name, value in (result.get("metrics") or {}).items()
+            if name not in ("time", "data_time", "cost/macs_min", "cost/macs_max")
+        ]
+        lines.append(f"  {Path(leaf).stem}: " + (", ".join(shown) or "no metrics"))
+    return "\n".join(lines)

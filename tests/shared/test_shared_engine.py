@@ -167,7 +167,9 @@ def test_partial_load_changes_nothing_on_a_shape_mismatch() -> None:
     assert torch.equal(model.weight, before)
 
 
-def test_stages_hand_checkpoints_forward_and_resume(toy_project: Path, tmp_path: Path) -> None:
+def test_stages_hand_checkpoints_forward_and_resume(
+    toy_project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = toy_project / "configs/toy"
     (folder / "second.py").write_text(
         '_base_ = ["quick.py"]\n'
@@ -182,6 +184,10 @@ def test_stages_hand_checkpoints_forward_and_resume(toy_project: Path, tmp_path:
     assert torch.equal(first["fc.weight"], second["fc.weight"])
     record = json.loads((tmp_path / "stages.json").read_text())
     assert len(record) == 2
+    reached = [result["metrics"]["top1"] for result in record.values()]
+    assert reached[0] == reached[1] > 50
+    table = capsys.readouterr().out.split("all stages are finished\n")[1].splitlines()
+    assert table == [f"  {name}: top1 {reached[0]:.4g}" for name in ("quick", "second")]
     stamp = latest_checkpoint(tmp_path / "quick")
     engine.train(str(folder / "all.py"), work_dir=str(tmp_path), resume="auto")
     assert latest_checkpoint(tmp_path / "quick") == stamp
