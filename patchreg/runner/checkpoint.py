@@ -18,6 +18,7 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from torch import Tensor, nn
 
 from patchreg.utils.errors import CheckpointError
+from patchreg.utils.weights import load_file, state_dict_of
 
 _SHOWN = 4
 _SEAL = b"patchreg sha256 "
@@ -289,3 +290,31 @@ def load_state(
             _list(missing) or "none",
             _list(unexpected) or "none",
         )
+
+
+def load_parts(model: nn.Module, logger: logging.Logger | None = None) -> None:
+    """Load the weights that parts of a model name themselves, `init_cfg=dict(type="Pretrained", ...)`.
+
+    MMEngine does so before a training only, and passes over weights that do not fit.
+
+    Args:
+        model: The model, not wrapped.
+        logger: Where a partial match is reported.
+
+    Raises:
+        MissingFileError: A file does not exist.
+        CheckpointError: A file is damaged or belongs to another model.
+    """
+    for module in model.modules():
+        config = getattr(module, "init_cfg", None)
+        if not isinstance(config, Mapping) or config.get("type") != "Pretrained":
+            continue
+        path = config["checkpoint"]
+        check_file(path)
+        state = state_dict_of(load_file(path), path)
+        prefix = config.get("prefix") or ""
+        prefix += "." if prefix and not prefix.endswith(".") else ""
+        state = {
+            key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)
+        }
+        load_state(module, state, path, strict=False, logger=logger)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from patchreg.registry import MODELS
 from patchreg.runner.build import EngineRunner, config_errors, load_config, resolve_checkpoint
-from patchreg.runner.checkpoint import load_state
+from patchreg.runner.checkpoint import load_parts, load_state
 from patchreg.utils.errors import ConfigError
 from patchreg.utils.files import write_safely
 from patchreg.utils.weights import load_file, state_dict_of
@@ -88,6 +88,7 @@ def load_model(config: Config, checkpoint: str) -> Any:
     state = state_dict_of(load_file(path), path)
     with config_errors(f"the model of '{config.filename}' cannot be built"):
         model = MODELS.build(parts)
+    load_parts(model)
     load_state(model, state, path, strict=True)
     return model.to(get_device()).eval()
 
