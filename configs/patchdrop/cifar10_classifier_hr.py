@@ -2,8 +2,7 @@
 
     python tools/train.py configs/patchdrop/cifar10_classifier_hr.py
 
-Hardware and hours: one GPU, 300 epochs; not run at this length. `cifar10_short_classifier_hr.py` is
-the schedule for a CPU.
+Hardware and hours: not run at this length; the published run used GPUs it does not name.
 Expected: not measured; the paper's figures are on this folder's page.
 """
 

@@ -1,0 +1,31 @@
+"""PatchDrop stage 2 on CIFAR-100: policy and classifier together.
+
+    python tools/train.py configs/patchdrop/cifar100_wide_finetune.py
+
+Hardware and hours: not run at this length; the published run used GPUs it does not name.
+Expected: not measured; the paper's figures are on this folder's page.
+"""
+
+_base_ = [
+    "./_base_/wide_policy.py",
+    "./_base_/cifar100.py",
+    "./_base_/policy_schedule.py",
+]
+
+model = dict(
+    stage="finetune",
+    classifier=dict(
+        head=dict(num_classes=100),
+        init_cfg=dict(
+            type="Pretrained", checkpoint="work_dirs/patchdrop/cifar100_wide_classifier_hr/last.pth"
+        ),
+    ),
+    selector=dict(
+        init_cfg=dict(
+            type="Pretrained",
+            checkpoint="work_dirs/patchdrop/cifar100_wide_pretrain/last.pth",
+            prefix="selector.",
+        ),
+    ),
+    policy_loss=dict(penalty=-10.0, reduction="patch_sum"),
+)

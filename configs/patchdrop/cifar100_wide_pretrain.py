@@ -1,0 +1,24 @@
+"""PatchDrop stage 1 on CIFAR-100: the policy against the frozen classifier.
+
+    python tools/train.py configs/patchdrop/cifar100_wide_pretrain.py
+
+Hardware and hours: not run at this length; the published run used GPUs it does not name.
+Expected: not measured; the paper's figures are on this folder's page.
+"""
+
+_base_ = [
+    "./_base_/wide_policy.py",
+    "./_base_/cifar100.py",
+    "./_base_/policy_schedule.py",
+]
+
+model = dict(
+    classifier=dict(
+        head=dict(num_classes=100),
+        init_cfg=dict(
+            type="Pretrained", checkpoint="work_dirs/patchdrop/cifar100_wide_classifier_hr/last.pth"
+        ),
+    ),
+    policy_loss=dict(penalty=-0.5, reduction="patch_mean"),
+)
+train_dataloader = dict(batch_size=1024)

@@ -1,0 +1,15 @@
+"""PatchDrop stage 0 on CIFAR-10: the low-resolution classifier, 8 px, the released factory's network.
+
+    python tools/train.py configs/patchdrop/cifar10_wide_classifier_lr.py
+
+Hardware and hours: not run at this length; the published run used GPUs it does not name.
+Expected: not measured; the paper's figures are on this folder's page.
+"""
+
+_base_ = ["../_base_/runtime.py", "./_base_/cifar10.py", "./_base_/classifier.py"]
+
+model = dict(
+    backbone=dict(_delete_=True, type="CIFARResNetBackbone"),
+    head=dict(in_channels=512),
+)
+data_preprocessor = dict(view=dict(type="LowResolutionViewPreprocessor", size=8))

@@ -1,0 +1,32 @@
+"""PatchDrop stage 2 on fMoW: policy and classifier together.
+
+    python tools/train.py configs/patchdrop/fmow_finetune.py
+
+Hardware and hours: not run at this length; the published run used GPUs it does not name.
+Expected: not measured; the paper's figures are on this folder's page.
+"""
+
+_base_ = [
+    "./_base_/large_policy.py",
+    "./_base_/fmow.py",
+    "./_base_/policy_schedule.py",
+]
+
+model = dict(
+    stage="finetune",
+    classifier=dict(
+        backbone=dict(model_name="resnet34"),
+        head=dict(num_classes=62, in_channels=512),
+        init_cfg=dict(
+            type="Pretrained", checkpoint="work_dirs/patchdrop/fmow_classifier_hr/last.pth"
+        ),
+    ),
+    selector=dict(
+        init_cfg=dict(
+            type="Pretrained",
+            checkpoint="work_dirs/patchdrop/fmow_pretrain/last.pth",
+            prefix="selector.",
+        ),
+    ),
+    policy_loss=dict(penalty=-20.0, reduction="patch_sum"),
+)

@@ -1,0 +1,25 @@
+"""PatchDrop stage 1 on fMoW: the policy against the frozen classifier.
+
+    python tools/train.py configs/patchdrop/fmow_pretrain.py
+
+Hardware and hours: not run at this length; the published run used GPUs it does not name.
+Expected: not measured; the paper's figures are on this folder's page.
+"""
+
+_base_ = [
+    "./_base_/large_policy.py",
+    "./_base_/fmow.py",
+    "./_base_/policy_schedule.py",
+]
+
+model = dict(
+    classifier=dict(
+        backbone=dict(model_name="resnet34"),
+        head=dict(num_classes=62, in_channels=512),
+        init_cfg=dict(
+            type="Pretrained", checkpoint="work_dirs/patchdrop/fmow_classifier_hr/last.pth"
+        ),
+    ),
+    policy_loss=dict(penalty=-0.5, reduction="patch_mean"),
+)
+train_dataloader = dict(batch_size=1024)

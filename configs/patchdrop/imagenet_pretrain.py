@@ -1,0 +1,23 @@
+"""PatchDrop stage 1 on ImageNet-1k: the policy against the frozen classifier.
+
+    python tools/train.py configs/patchdrop/imagenet_pretrain.py
+
+Hardware and hours: not run at this length; the published run used GPUs it does not name.
+Expected: not measured; the paper's figures are on this folder's page.
+"""
+
+_base_ = [
+    "./_base_/large_policy.py",
+    "./_base_/imagenet.py",
+    "./_base_/policy_schedule.py",
+]
+
+model = dict(
+    classifier=dict(
+        init_cfg=dict(
+            type="Pretrained", checkpoint="work_dirs/patchdrop/imagenet_classifier_hr/last.pth"
+        ),
+    ),
+    policy_loss=dict(penalty=-0.5, reduction="patch_mean"),
+)
+train_dataloader = dict(batch_size=1024)
