@@ -88,7 +88,8 @@ def model_of(leaf: Path) -> tuple[nn.Module, int]:
     usual = 64 if backbone.get("type") == "TorchvisionBackbone" else 32
     side = max([backbone.get("img_size", usual), *views])
     seed_all(0)
-    return MODELS.build(parts), side
+    model = MODELS.build(parts)
+    return model, max(side, getattr(model, "min_image_size", 0))
 
 
 def batch(model: nn.Module, side: int, training: bool) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def batch(model: nn.Module, side: int, training: bool) -> dict[str, Any]:
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=generator)
     if training and isinstance(model.data_preprocessor, MultiViewPreprocessor):
         views = [dict(num=2, size=side, scale=(0.4, 1.0)), dict(size=side // 2, scale=(0.1, 0.4))]
-        cut = MultiView(views, source_size=side)
+        cut = MultiView(views[: getattr(model, "num_views", 3) - 1], source_size=side)
         samples = [cut(dict(img=image.permute(1, 2, 0).numpy())) for image in images]
         return model.data_preprocessor(default_collate(samples), training)
     samples = [DataSample().set_gt_label(label) for label in (1, 3)]

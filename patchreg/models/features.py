@@ -149,6 +149,7 @@ class FeatureExtractor(BaseModel):
         self.scales = tuple(scales)
         self.checkpoint_key = checkpoint_key
         self.requires_grad_(False)
+        self.eval()
 
     def train(self, mode: bool = True) -> FeatureExtractor:
         """Stay in evaluation mode.

@@ -57,6 +57,7 @@ NESTED: dict[str, Registry] = {
     "optimizer": registry.OPTIMIZERS,
     "vis_backends": registry.VISBACKENDS,
     "metrics": registry.METRICS,
+    "rankers": registry.MODELS,
 }
 """Keys at any depth below which another registry holds."""
 

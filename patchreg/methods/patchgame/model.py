@@ -100,6 +100,8 @@ class PatchGamePretrainer(BaseModel):
         `selector.count` says so.
     """
 
+    num_views = 2
+
     def __init__(
         self,
         backbone: dict,
@@ -161,10 +163,10 @@ class PatchGamePretrainer(BaseModel):
 
         Args:
             inputs: Preprocessed images; for `loss` and `predict` two views of each, as a list.
-            data_samples: Not used: there are no labels.
+            data_samples: Samples of single views, which `predict` fills.
             geometry: Not used: the game does not ask where views come from.
-            mode: `tensor` returns features of the vision tower, `loss` a dict of losses, `predict` one
-                dict per image, see `predict`.
+            mode: `tensor` returns features of the vision tower, `loss` a dict of losses, `predict` what
+                `predict` says.
 
         Shape:
             inputs [B, 3, H, W], or two of these; features [B, C].
@@ -177,7 +179,7 @@ class PatchGamePretrainer(BaseModel):
         if mode == "loss":
             return self.loss(inputs)
         if mode == "predict":
-            return self.predict(inputs)
+            return self.predict(inputs, data_samples)
         raise ValueError(f"mode={mode!r} is unknown; expected 'tensor', 'loss' or 'predict'")
 
     def features(self, inputs: Tensor) -> Tensor:
@@ -260,20 +262,26 @@ class PatchGamePretrainer(BaseModel):
             temperature=temperature.float().mean(),
         )
 
-    def predict(self, inputs: Any) -> list[dict[str, Any]]:
-        """Match messages and images within the batch of this process.
+    def predict(self, inputs: Any, data_samples: list[Any] | None = None) -> list[Any]:
+        """Match the messages and images of a batch, or fill in features.
 
         Args:
-            inputs: Two views of each image, or one, which then both agents see.
+            inputs: Two views of each image, or one.
+            data_samples: Samples of single views; `feature` of each is set.
 
         Returns:
-            For each image `match_place`, [2] int64: how many other images match its message better, and
-            how many other messages match the image better; `match_count`, the images of the batch.
+            The samples; for two views a dict per image: `match_place`, [2] int64, how many other images
+            match its message better, and how many other messages match the image better; `match_count`,
+            the images of the batch.
 
         Shape:
             inputs [B, 3, H, W] once or twice.
         """
-        result = self.play(*((inputs, inputs) if isinstance(inputs, Tensor) else _views(inputs)))
+        if data_samples is not None and isinstance(inputs, Tensor):
+            for sample, feature in zip(data_samples, self.features(inputs), strict=True):
+                sample.set_field(feature, "feature", dtype=Tensor, field_type="data")
+            return data_samples
+        result = self.play(*_views(inputs))
         image, text = (
             nn.functional.normalize(side.rows.float(), dim=1)
             for side in (result.image, result.text)

@@ -1,0 +1,19 @@
+"""Weighted k-NN on CIFAR-10 with the listener's vision tower of the small PatchGame.
+
+    python tools/test.py configs/patchgame/knn_quick.py work_dirs/patchgame/quick
+    python tools/test.py configs/patchgame/knn_quick.py
+
+The second one, without a checkpoint, takes an untrained tower.
+
+Hardware and hours: 2 CPU cores, 2 minutes.
+Expected: to be measured.
+"""
+
+_base_ = ["../_base_/runtime.py", "../_base_/evaluation/knn_cifar10.py"]
+
+model = dict(
+    type="FeatureExtractor",
+    backbone=dict(type="PatchGameResNetBackbone"),
+    pool="mean",
+    checkpoint_key="receiver.vision",
+)
