@@ -141,7 +141,7 @@ class PatchDropTokenClassifier(_PatchwiseClassifier):
         pieces, rows = [], []
         for count in counts.unique().tolist():
             row = (counts == count).nonzero().flatten()
-            kept = tokens[row, 1:][mask[row]].view(len(row), count, -1)
+            kept = tokens[row, 1:][mask[row]].view(len(row), count, tokens.shape[2])
             x = torch.cat((tokens[row, :1], kept), dim=1)
             for block in self.backbone.blocks:
                 x = block(x)
