@@ -18,7 +18,6 @@ model = dict(
 )
 custom_hooks = [
     dict(type="ProgressHook"),
-    dict(type="FiniteLossHook"),
     dict(type="FreezeLastLayerHook", epochs=1),
     dict(type="PWSelfTeacherHook", momentum=0.996, temperature=0.04),
 ]

@@ -15,7 +15,6 @@ _base_ = [
 model = dict(backbone=dict(arch="small"), head=dict(in_channels=384, norm_last_layer=False))
 custom_hooks = [
     dict(type="ProgressHook"),
-    dict(type="FiniteLossHook"),
     dict(type="FreezeLastLayerHook", epochs=1),
     dict(
         type="PWSelfTeacherHook",

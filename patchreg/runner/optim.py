@@ -132,10 +132,11 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if prefix:
             super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
             return
-        # The parent logs a line for every parameter; the groups below say the same.
+        # The parent logs a line for every parameter, and warns of every frozen one; the groups below say
+        # what is trained.
         logger = MMLogger.get_current_instance()
         level = logger.level
-        logger.setLevel(logging.WARNING)
+        logger.setLevel(logging.ERROR)
         try:
             super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
         finally:

@@ -1,5 +1,5 @@
 """PW-Self: self-distillation of every token, views matched patch to patch by their geometry."""
 
-from . import hook, loss, matching, model
+from . import convert, hook, loss, matching, model, picture
 
-__all__ = ["hook", "loss", "matching", "model"]
+__all__ = ["convert", "hook", "loss", "matching", "model", "picture"]
