@@ -1,6 +1,15 @@
 """From a config to a run: strict check, launch, runner, loops, optimisation, checkpoints."""
 
-from patchreg.runner import features, lars, loops, optim, propagation, schedules
+from patchreg.runner import (
+    features,
+    lars,
+    loops,
+    optim,
+    patchrank,
+    propagation,
+    schedules,
+    sharding,
+)
 from patchreg.runner.build import EngineRunner, build_runner, load_config
 
 __all__ = [
@@ -11,6 +20,8 @@ __all__ = [
     "load_config",
     "loops",
     "optim",
+    "patchrank",
     "propagation",
     "schedules",
+    "sharding",
 ]

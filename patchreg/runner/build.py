@@ -19,11 +19,12 @@ from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.registry import DATASETS as ROOT_DATASETS
 from mmengine.runner import Runner
+from mmengine.runner import runner as mmengine_runner
 from torch.utils.data import DataLoader
 
 from patchreg import __version__
 from patchreg.datasets.keyed import KeyedDataset
-from patchreg.registry import RUNNERS
+from patchreg.registry import MODEL_WRAPPERS, RUNNERS
 from patchreg.runner.checkpoint import (
     check_file,
     check_state,
@@ -38,6 +39,14 @@ from patchreg.runner.checkpoint import (
 )
 from patchreg.runner.explain import implements
 from patchreg.runner.launch import init_processes
+from patchreg.runner.sharding import (
+    FullyShardedWrapper,
+    child_lists,
+    is_sharded,
+    recompute,
+    shard_optimizer,
+    whole,
+)
 from patchreg.runner.stop import shielded
 from patchreg.runner.strict import check_config, check_options, check_shadowed_helpers
 from patchreg.utils.errors import CheckpointError, ConfigError, MissingFileError, UserError
@@ -62,6 +71,8 @@ class EngineRunner(Runner):
             env_cfg: As for MMEngine; `dist_cfg` may hold backend, timeout and port.
         """
         self._overriding: dict[str, list[Hook]] = {}
+        # What a sharded model saves, gathered by all processes before the first one writes.
+        self._whole: dict[str, Any] = {}
         init_processes(self._launcher, **env_cfg.get("dist_cfg", {}))
         super().setup_env(env_cfg)
         # MMEngine keeps logger, message hub and visualizer per name, which ends in the second of the start:
@@ -79,6 +90,8 @@ class EngineRunner(Runner):
             fn_name: Name of the hook point.
             kwargs: What the hook point passes.
         """
+        if fn_name == "before_save_checkpoint":
+            kwargs["checkpoint"].update(self._whole)
         if fn_name not in self._overriding:
             self._overriding[fn_name] = [
                 hook for hook in self._hooks if implements(type(hook), fn_name)
@@ -130,6 +143,21 @@ class EngineRunner(Runner):
             model_wrapper_cfg: As for MMEngine.
             model: The model.
         """
+        if model_wrapper_cfg and not self.distributed:
+            raise ConfigError(
+                f"model_wrapper_cfg: '{model_wrapper_cfg.get('type')}' spreads a model over several "
+                "processes, but this run has one; start it with tools/dist_train.sh or leave it out"
+            )
+        kind = (model_wrapper_cfg or {}).get("type")
+        if kind is not None and issubclass(MODEL_WRAPPERS.get(kind), FullyShardedWrapper):
+            # MMEngine does both after the wrapping, when it is too late for shards.
+            initialise = getattr(model, "init_weights", None)
+            if initialise is not None:
+                initialise()
+            model = model.to(get_device())
+            for value in model.state_dict().values():
+                mmengine.dist.broadcast(value)
+            return MODEL_WRAPPERS.build(model_wrapper_cfg, default_args=dict(module=model))
         if not self.distributed or model_wrapper_cfg or get_device() != "cpu":
             return super().wrap_model(model_wrapper_cfg, model)
         unused = self.cfg.get("find_unused_parameters", False)
@@ -161,6 +189,42 @@ class EngineRunner(Runner):
         loader = Runner.build_dataloader(config, seed=seed)
         loader.worker_init_fn = shielded(loader.worker_init_fn)
         return loader
+
+    def _init_model_weights(self) -> None:
+        """Initialise the weights and send the first process's to all; shards have been through that."""
+        if not is_sharded(self._bare_model()):
+            super()._init_model_weights()
+
+    def train(self) -> torch.nn.Module:
+        """Train; the parts of `activation_checkpointing` are computed again in the backward pass.
+
+        MMEngine recomputes with torch's re-entrant form, which loses the gradients of whatever a part returns
+        inside other objects than tuples.
+        """
+        before = mmengine_runner.turn_on_activation_checkpointing
+        mmengine_runner.turn_on_activation_checkpointing = recompute
+        try:
+            return super().train()
+        finally:
+            mmengine_runner.turn_on_activation_checkpointing = before
+
+    def _maybe_compile(self, target: str) -> None:
+        """Compile the parts that `compile` names, in place; MMEngine would compile the whole training step.
+
+        Args:
+            target: Not used.
+
+        Raises:
+            ConfigError: The model has no such part, or an option is unknown.
+        """
+        options = self.cfg.get("compile") or None
+        if options is None:
+            return
+        options = {} if options is True else dict(options)
+        parts = options.pop("parts", ["backbone.blocks"])
+        for _, part in child_lists(self._bare_model(), parts, "compile.parts"):
+            part.compile(**options)
+        self.logger.info(f"compiled: {', '.join(parts)}; the first iterations are slow")
 
     def build_train_loop(self, loop: Any) -> Any:
         """Build the training loop; `by_epoch` chooses between the resumable loops.
@@ -280,7 +344,10 @@ class EngineRunner(Runner):
         restore_message_hub(self.message_hub, checkpoint["message_hub"])
         if resume_optimizer and "optimizer" in checkpoint:
             self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
-            self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
+            state = checkpoint["optimizer"]
+            if is_sharded(self._bare_model()):
+                state = shard_optimizer(self.optim_wrapper.optimizer, state)
+            self.optim_wrapper.load_state_dict(state)
             if "gradients" in checkpoint:
                 # MMEngine is about to warn that they are lost.
                 restore_gradients(self._bare_model(), checkpoint["gradients"])
@@ -306,7 +373,12 @@ class EngineRunner(Runner):
         Raises:
             CheckpointError: The file cannot be written; older checkpoints are as they were.
         """
-        self._open_gradients = open_gradients(self._bare_model(), self.optim_wrapper)
+        model = self._bare_model()
+        self._open_gradients = open_gradients(model, self.optim_wrapper)
+        if is_sharded(model):
+            self._whole = dict(state_dict=whole(model.state_dict()))
+            if kwargs.get("save_optimizer", True):
+                self._whole["optimizer"] = whole(self.optim_wrapper.state_dict())
         if not mmengine.dist.is_main_process():
             return
         partial, final = Path(out_dir, f".{filename}.partial"), Path(out_dir, filename)
@@ -320,6 +392,8 @@ class EngineRunner(Runner):
                 f"checkpoint '{final}' cannot be written ({error.strerror or error}); those "
                 "before it are as they were: make room or mend the folder, then continue with --resume"
             ) from error
+        finally:
+            self._whole = {}
 
     def prepare(self, mode: str) -> None:
         """Build everything that MMEngine would build at the first use, so that mistakes show before the run.
@@ -341,6 +415,8 @@ class EngineRunner(Runner):
             self._test_loop = self.build_test_loop(self._test_loop)
             return
         check_room(self.work_dir, self._bare_model())
+        names = self.cfg.get("activation_checkpointing") or []
+        child_lists(self._bare_model(), names, "activation_checkpointing")
         self._train_loop = self.build_train_loop(self._train_loop)
         if self._val_loop is not None:
             self._val_loop = self.build_val_loop(self._val_loop)

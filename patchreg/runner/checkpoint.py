@@ -17,6 +17,7 @@ from mmengine.dist import all_reduce, get_world_size
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import Tensor, nn
 
+from patchreg.runner.sharding import is_sharded, like, shard_state
 from patchreg.utils.errors import CheckpointError
 from patchreg.utils.weights import load_file, state_dict_of
 
@@ -110,7 +111,9 @@ def open_gradients(model: nn.Module, optim_wrapper: Any) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             gradient = parameter.grad.detach().clone()
-            if get_world_size() > 1:
+            if hasattr(gradient, "full_tensor"):
+                gradient = gradient.full_tensor()  # sharded gradients are means already
+            elif get_world_size() > 1:
                 all_reduce(gradient, "mean")
             found[name] = gradient.cpu()
     return found
@@ -125,7 +128,8 @@ def restore_gradients(model: nn.Module, gradients: Mapping[str, Tensor]) -> None
     """
     for name, parameter in model.named_parameters():
         if name in gradients:
-            parameter.grad = gradients[name].to(parameter.device, parameter.dtype)
+            gradient = gradients[name].to(parameter.device, parameter.dtype)
+            parameter.grad = like(gradient, parameter)
 
 
 def plain_message_hub(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,6 +284,8 @@ def load_state(
         CheckpointError: The weights belong to another model; nothing was changed.
     """
     missing, unexpected = check_state(model, state, source, strict)
+    if is_sharded(model):
+        state = shard_state(model, state)
     model.load_state_dict(state, strict=False)
     if logger is not None and (missing or unexpected):
         logger.warning(
