@@ -124,6 +124,11 @@ class AnchorNetClassifier(PatchClassifier):
                 "AnchorNetBackbone, or give window_cells (3 makes windows of 96 px at stride 32)"
             )
 
+    @property
+    def min_image_size(self) -> int:
+        """Shortest side of an image that can be localised in, in px; 0 where it is not known."""
+        return self.backbone.window.side if self.window_cells is None else 0
+
     def extract(self, inputs: Tensor) -> TokenFeatures:
         """Run the backbone.
 
@@ -398,6 +403,12 @@ class AnchorNetPatchClassifier(AnchorNetViewClassifier):
         self.anchor.requires_grad_(False)
         self.anchor.eval()
         self.register_state_dict_post_hook(_without_anchor)
+        self.register_load_state_dict_post_hook(_no_anchor_needed)
+
+    @property
+    def min_image_size(self) -> int:
+        """Shortest side of an image that can be localised in, in px."""
+        return self.anchor.min_image_size
 
     def train(self, mode: bool = True) -> AnchorNetPatchClassifier:
         """Switch the mode of the network; the localiser stays as it is.
@@ -516,6 +527,11 @@ def _without_anchor(
 ) -> None:
     for key in [key for key in state if key.startswith(f"{prefix}anchor.")]:
         del state[key]
+
+
+def _no_anchor_needed(module: torch.nn.Module, incompatible: Any) -> None:
+    kept = [key for key in incompatible.missing_keys if not key.startswith("anchor.")]
+    incompatible.missing_keys[:] = kept
 
 
 def fill_samples(

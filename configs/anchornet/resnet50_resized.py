@@ -1,0 +1,19 @@
+"""AnchorNet stage 2 on ImageNet-1k: ResNet-50 fine-tuned on images shrunk to 95 px.
+
+    tools/dist_train.sh configs/anchornet/resnet50_resized.py 8
+
+The start is torchvision's ImageNet file of the network, converted:
+    python tools/convert.py anchornet resnet50-0676ba61.pth work_dirs/weights/resnet50.pth --to ours
+Hardware and hours: 256 images over all processes, 30 epochs; not run here.
+Expected: not published.
+"""
+
+_base_ = ["../_base_/runtime.py", "./_base_/imagenet.py", "./_base_/downstream.py"]
+
+model = dict(
+    type="AnchorNetResizedClassifier",
+    backbone=dict(type="TorchvisionBackbone", model_name="resnet50", num_classes=1000),
+    view_size=95,
+    init_cfg=dict(type="Pretrained", checkpoint="work_dirs/weights/resnet50.pth"),
+)
+default_hooks = dict(checkpoint=dict(save_best="accuracy/top1"))
