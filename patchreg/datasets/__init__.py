@@ -10,6 +10,7 @@ from patchreg.datasets import (  # noqa: F401
     image_list,
     inaturalist,
     keyed,
+    photo_copies,
     quick_start,
     revisited,
     samplers,
