@@ -25,7 +25,8 @@ class WarmupCosineParamScheduler(_ParamScheduler):
         optimizer: Optimizer wrapper.
         param_name: Setting of the groups, such as `lr` or `weight_decay`.
         final: Value that the cosine goes to, for all groups.
-        warmup: Length of the warm-up, in epochs, or in iterations with `by_epoch=False`.
+        warmup: Length of the warm-up, in epochs, or in iterations with `by_epoch=False`; a fraction of
+            an epoch is possible with `convert_to_iter_based=True`.
         start: First value of the warm-up.
         end: Length of the whole, in the same unit; the engine fills in that of the training.
         by_epoch: Step after every epoch, not every iteration; `convert_to_iter_based=True` counts in
@@ -45,18 +46,19 @@ class WarmupCosineParamScheduler(_ParamScheduler):
         optimizer: Any,
         param_name: str,
         final: float,
-        warmup: int = 0,
+        warmup: float = 0,
         start: float = 0.0,
         end: int = 0,
         by_epoch: bool = True,
         **kwargs: Any,
     ) -> None:
-        if not 0 <= warmup <= end or end < 1:
+        if not 0 <= warmup <= end or end < 1 or warmup != int(warmup):
             raise ConfigError(
                 f"param_scheduler of {param_name}: a warm-up of {warmup} does not fit into a training of "
-                f"{end} {'epochs' if by_epoch else 'iterations'}; shorten it or train longer"
+                f"{end} {'epochs' if by_epoch else 'iterations'}; shorten it, train longer, or set "
+                "convert_to_iter_based=True for a fraction of an epoch"
             )
-        self.final, self.warmup, self.start, self.steps = final, warmup, start, end
+        self.final, self.warmup, self.start, self.steps = final, int(warmup), start, end
         super().__init__(optimizer, param_name, end=end, by_epoch=by_epoch, **kwargs)
 
     @classmethod
@@ -64,7 +66,7 @@ class WarmupCosineParamScheduler(_ParamScheduler):
         cls,
         *args: Any,
         epoch_length: int,
-        warmup: int = 0,
+        warmup: float = 0,
         end: int = 0,
         by_epoch: bool = True,
         **kwargs: Any,
@@ -84,7 +86,7 @@ class WarmupCosineParamScheduler(_ParamScheduler):
         """
         if not by_epoch:
             raise ConfigError("convert_to_iter_based=True needs by_epoch=True")
-        kwargs.update(warmup=warmup * epoch_length, end=end * epoch_length)
+        kwargs.update(warmup=round(warmup * epoch_length), end=end * epoch_length)
         return cls(*args, by_epoch=False, **kwargs)
 
     def _get_value(self) -> list[float]:

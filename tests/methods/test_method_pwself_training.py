@@ -209,6 +209,16 @@ def test_batch_of_images_is_matched_as_its_images() -> None:
         for view, (begin, count) in enumerate(zip(starts, tokens, strict=True)):
             inside = own[(own >= begin) & (own < begin + 3 * count)]
             assert bool(((inside - begin) // count == image).all()), (image, view)
+    total = torch.zeros(3, dtype=torch.float64)
+    image_of = torch.bucketize(matches.student, matches.starts[1:], right=True)
+    assert torch.allclose(
+        total.index_add(0, image_of, matches.weight), torch.full((3,), 1 / 3).double()
+    )
+    weighted = match_batch(geometry, 8, 2, class_weight=0.7)
+    lonely = int((weighted.weight[weighted.is_class] > 0.9 / 24).sum())
+    assert weighted.weight.sum() == pytest.approx(1.0)
+    assert weighted.weight[weighted.is_class].sum() == pytest.approx(0.7 + 0.3 * lonely / 24)
+    assert torch.equal(weighted.teacher, matches.teacher)
     with pytest.raises(ConfigError, match="no pair"):
         match_batch(geometry, 8, 0)
     with pytest.raises(ConfigError, match="patches of 48 px"):
@@ -710,6 +720,8 @@ def test_any_number_and_size_of_views() -> None:
 def test_model_refuses_what_cannot_work() -> None:
     with pytest.raises(ConfigError, match="use_bn"):
         small_model(torch.float32, head=dict(type="ProjectionHead", out_dim=20, use_bn=True))
+    with pytest.raises(ConfigError, match="class_weight=1.5"):
+        small_model(torch.float32, class_weight=1.5)
     with pytest.raises(ConfigError, match="matching='best'"):
         small_model(torch.float32, matching="best")
 

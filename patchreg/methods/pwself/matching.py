@@ -200,18 +200,23 @@ def match_pair(
 
 
 def match_batch(
-    geometry: ViewGeometry, patch_size: int, num_teacher: int = 2, rule: str = "published"
+    geometry: ViewGeometry,
+    patch_size: int,
+    num_teacher: int = 2,
+    rule: str = "published",
+    class_weight: float | None = None,
 ) -> TokenMatches:
     """Match every view of the teacher with every other view, for all images of a batch.
 
-    Each (pair of views, image) has the same weight, shared equally by its class token and its matched
-    patches.
+    Each (pair of views, image) has the same weight. Its class token and its matched patches share it
+    equally, or the class token has its own part of it.
 
     Args:
         geometry: Boxes, flips and sizes of all views; the teacher sees the first ones.
         patch_size: Side of a patch in px.
         num_teacher: Views that the teacher sees.
         rule: `published` or `containment`.
+        class_weight: Part of the class token, in [0, 1]; None counts it like a patch.
 
     Raises:
         ConfigError: There is no pair of views, or a view is smaller than a patch.
@@ -239,13 +244,18 @@ def match_batch(
         image, row, column = both.nonzero(as_tuple=True)
         first = 1 + rows.first[image, row] * grids[u][1] + columns.first[image, column]
         second = 1 + rows.second[image, row] * grids[v][1] + columns.second[image, column]
-        weight = share / (1.0 + both.sum((1, 2)).double())
+        patches = both.sum((1, 2)).double()
+        class_part = 1 / (1 + patches)
+        if class_weight is not None:
+            class_part = torch.where(patches > 0, class_weight, 1.0).double()
+        patch_part = (1 - class_part) / patches.clamp(min=1)
         # The pairs of the class tokens come first, one per image.
         zeros = torch.zeros(images, dtype=torch.int64)
         image = torch.cat((number, image))
         teacher = image * offsets[num_teacher] + offsets[u] + torch.cat((zeros, first))
         student = offsets[v] * images + image * tokens[v] + torch.cat((zeros, second))
-        parts.append((image, teacher, student, weight[image]))
+        weight = share * torch.cat((class_part, patch_part[image[images:]]))
+        parts.append((image, teacher, student, weight))
     image, teacher, student, weight = (torch.cat(items) for items in zip(*parts, strict=True))
     total = offsets[-1] * images
     # One sort puts the pairs into the order (image, student's token).

@@ -66,6 +66,8 @@ class PWSelfPretrainer(BaseModel):
         global_size: Side of these views in px, or None for the backbone's `img_size`.
         matching: `published`, or `containment`: each patch of the student to the patch of the teacher
             that holds its centre.
+        class_weight: Part of the class token in the loss of a pair of views, in [0, 1]; None counts
+            it like a matched patch, as published.
         data_preprocessor: Config of the preprocessor, or None.
         init_cfg: Weights to load, as in MMEngine.
 
@@ -84,6 +86,7 @@ class PWSelfPretrainer(BaseModel):
         num_global: int = 2,
         global_size: int | None = None,
         matching: str = "published",
+        class_weight: float | None = None,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
@@ -96,8 +99,11 @@ class PWSelfPretrainer(BaseModel):
             )
         if num_global < 1:
             raise ConfigError(f"num_global={num_global}: the teacher needs at least one view")
+        if class_weight is not None and not 0 <= class_weight <= 1:
+            raise ConfigError(f"class_weight={class_weight}: expected 0 to 1, or None")
         self.num_global = num_global
         self.matching = matching
+        self.class_weight = class_weight
         self.student = Branch(backbone, dict(head))
         self.teacher = Branch(dict(backbone, drop_path_rate=0.0), dict(head))
         self.teacher.load_state_dict(self.student.state_dict())
@@ -171,7 +177,9 @@ class PWSelfPretrainer(BaseModel):
                     f"the first {self.num_global} views are {side} px, the model's centers are made for "
                     f"{expected} px; set global_size of the model to the size of these views"
                 )
-        matches = match_batch(geometry, self.patch_size, self.num_global, self.matching)
+        matches = match_batch(
+            geometry, self.patch_size, self.num_global, self.matching, self.class_weight
+        )
         with torch.no_grad():
             tokens = self.teacher.backbone(torch.cat(list(views[: self.num_global]))).tokens
             target = self.teacher.head.bottleneck(tokens)
