@@ -6,8 +6,10 @@ Letters: B images, N tokens, C channels, n blocks, K classes.
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -150,8 +152,7 @@ class LinearProbeClassifier(PatchClassifier):
     """Image classifier whose backbone is frozen and whose head, a `LinearProbeHead`, is trained.
 
     Weights of the backbone are those of a self-supervised run, see `read_checkpoint`; they are saved
-    with the head. Blocks are read from backbones that have `last_blocks`; others give their output
-    only.
+    with the head. Several blocks are read from vision transformers; others give their output only.
 
     Source:
         DINO's `eval_linear.py`.
@@ -178,10 +179,20 @@ class LinearProbeClassifier(PatchClassifier):
         super().__init__(backbone, head, data_preprocessor, init_cfg)
         self.checkpoint_key = checkpoint_key
         self.backbone.requires_grad_(False)
-        if self.head.n_last_blocks > 1 and not hasattr(self.backbone, "last_blocks"):
+        if self.head.n_last_blocks > 1:
+            self._check_blocks(self.head.n_last_blocks)
+
+    def _check_blocks(self, count: int) -> None:
+        inner = getattr(self.backbone, "model", self.backbone)
+        takes = "out_blocks" in inspect.signature(self.backbone.forward).parameters
+        if not (takes and hasattr(inner, "blocks") and hasattr(inner, "norm")):
             raise ConfigError(
-                f"head.n_last_blocks={self.head.n_last_blocks}: {type(self.backbone).__name__} "
-                "gives its output only; use n_last_blocks=1"
+                f"head.n_last_blocks={count}: {type(self.backbone).__name__} gives its output only; "
+                "use n_last_blocks=1"
+            )
+        if count > len(inner.blocks):
+            raise ConfigError(
+                f"head.n_last_blocks={count}: the backbone has {len(inner.blocks)} blocks"
             )
 
     def train(self, mode: bool = True) -> LinearProbeClassifier:
@@ -204,18 +215,18 @@ class LinearProbeClassifier(PatchClassifier):
         Shape:
             inputs [B, 3, H, W].
         """
-        if self.head.n_last_blocks == 1:
+        count = self.head.n_last_blocks
+        if count == 1:
             return as_tokens(self.backbone(inputs))
-        blocks = self.backbone.last_blocks(inputs, self.head.n_last_blocks)
-        side = inputs.shape[2] // self.backbone.patch_embed.patch_size
-        grid = (side, (blocks[-1].shape[1] - self.backbone.extra) // side)
-        return TokenFeatures(
-            tokens=blocks[-1],
-            grid=grid,
-            extra=self.backbone.extra,
-            blocks=tuple(blocks),
-            dense_macs=self.backbone.macs(grid),
-        )
+        blocks, norm = self._encoder()
+        features = self.backbone(inputs, out_blocks=range(len(blocks) - count, len(blocks)))
+        earlier = tuple(norm(block) for block in features.blocks[:-1])
+        return replace(features, blocks=(*earlier, features.tokens))
+
+    def _encoder(self) -> tuple[Any, Any]:
+        """Return blocks and final norm of the backbone, or of the library's model in it."""
+        inner = self.backbone if hasattr(self.backbone, "blocks") else self.backbone.model
+        return inner.blocks, inner.norm
 
     def read_checkpoint(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Read a probe's own checkpoint, or the backbone of any other file.

@@ -22,7 +22,7 @@ from patchreg.metrics.retrieval import PROTOCOLS, RetrievalMetric, score_protoco
 from patchreg.models.base import TokenFeatures
 from patchreg.models.preprocessor import ImagePreprocessor
 from patchreg.models.probe import LinearProbeHead
-from patchreg.pictures._attention import attention_mask
+from patchreg.pictures.attention import attention_mask
 from patchreg.registry import MODELS
 from patchreg.runner.build import load_config
 from patchreg.runner.propagation import PropagationTestLoop, enlarge, first_map, propagate
