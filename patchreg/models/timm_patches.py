@@ -5,6 +5,7 @@ Letters: B images, E extra tokens, N tokens, C channels, K classes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 from patchreg.models.backbones.timm import TimmBackbone
 from patchreg.models.base import PatchClassifier, TokenFeatures
 from patchreg.models.layers import keep_tokens
+from patchreg.models.preprocessor import ImagePreprocessor
 from patchreg.registry import BACKBONES, MODELS
+from patchreg.transforms.timm_eval import timm_data_config
 from patchreg.utils.errors import ConfigError
+from patchreg.utils.weights import load_file, state_dict_of
 
 
 @BACKBONES.register_module()
@@ -183,6 +187,8 @@ class TimmPatchClassifier(PatchClassifier):
     Args:
         backbone: Config of a `TimmViTBackbone` with `num_classes`.
         loss: Config of the loss, where it is trained.
+        own_checkpoint: Whether a checkpoint that a run loads is for this model. False leaves it to a ranker
+            that is evaluated with it; the weights then come from `backbone.checkpoint`.
         data_preprocessor: Config of the preprocessor, or None.
         init_cfg: Weights to load, as in MMEngine.
 
@@ -198,6 +204,7 @@ class TimmPatchClassifier(PatchClassifier):
         self,
         backbone: dict,
         loss: dict | None = None,
+        own_checkpoint: bool = True,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
@@ -212,3 +219,33 @@ class TimmPatchClassifier(PatchClassifier):
                 "num_classes=...) with at least one class"
             )
         self.head = _TimmHead(self.backbone, loss or {"type": "CrossEntropyLoss"})
+        self.own_checkpoint = own_checkpoint
+
+    def read_checkpoint(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Read a checkpoint of this model, or keep the weights that it has.
+
+        Args:
+            path: File to read.
+        """
+        if not self.own_checkpoint:
+            return {"state_dict": self.state_dict()}
+        loaded = load_file(path)
+        return {**loaded, "state_dict": state_dict_of(loaded, path)}
+
+
+@MODELS.register_module()
+class TimmPreprocessor(ImagePreprocessor):
+    """Normalise images with the mean and deviation that a model of timm was published with.
+
+    Args:
+        model_name: Name of the model.
+        non_blocking: Copy to the device without waiting.
+
+    Raises:
+        ConfigError: timm is not installed or does not know the model.
+    """
+
+    def __init__(self, model_name: str, non_blocking: bool = False) -> None:
+        config = timm_data_config(model_name)
+        mean, std = ([255.0 * value for value in config[name]] for name in ("mean", "std"))
+        super().__init__(mean=mean, std=std, non_blocking=non_blocking)

@@ -85,10 +85,12 @@ def load_model(config: Config, checkpoint: str) -> Any:
     if config.get("data_preprocessor") is not None:
         parts.setdefault("data_preprocessor", config.data_preprocessor)
     path = resolve_checkpoint(checkpoint)
-    state = state_dict_of(load_file(path), path)
     with config_errors(f"the model of '{config.filename}' cannot be built"):
         model = MODELS.build(parts)
     load_parts(model)
+    # A model may know other layouts of its checkpoints, as in a run.
+    read = getattr(model, "read_checkpoint", None)
+    state = state_dict_of(load_file(path), path) if read is None else read(path)["state_dict"]
     load_state(model, state, path, strict=True)
     return model.to(get_device()).eval()
 

@@ -37,7 +37,8 @@ COLUMNS = (
     *("ranker", "k", "share", "top1", "top5", "macs", "dense_macs", "ranker_macs"),
     *("images_per_second", "speed"),
 )
-_RUN_KEYS = {"config", "checkpoint", "img_size"}
+_RUN_KEYS = {"config", "checkpoint", "img_size", "resize"}
+RESIZES = ("bilinear", "nearest")
 
 
 class Ranker:
@@ -46,24 +47,32 @@ class Ranker:
     Args:
         module: Selector or model.
         img_size: Side in px to which images are scaled for it, or None for their own size.
+        resize: `bilinear` (antialiased) or `nearest`.
+
+    Raises:
+        ConfigError: It cannot rank, or `resize` is unknown.
     """
 
-    def __init__(self, module: Any, img_size: int | None = None) -> None:
+    def __init__(self, module: Any, img_size: int | None = None, resize: str = "bilinear") -> None:
+        if resize not in RESIZES:
+            raise ConfigError(f"resize={resize!r} is unknown; use one of {RESIZES}")
         if not callable(getattr(module, "select", None)):
             raise ConfigError(
                 f"{type(module).__name__} has no method 'select(inputs) -> PatchSelection' and cannot rank"
             )
         self.module = module
         self.img_size = img_size
+        self.resize = resize
 
     @classmethod
-    def build(cls, config: Any, classifier: Any = None) -> Ranker:
+    def build(cls, config: Any, classifier: Any = None, checkpoint: str | None = None) -> Ranker:
         """Build a ranker.
 
         Args:
             config: A `...Selector`; or `config` and `checkpoint` of a run whose model ranks, and perhaps
-                `img_size`; or something built already.
+                `img_size` and `resize`; or something built already.
             classifier: Model that is being evaluated, for rankers that read it.
+            checkpoint: For a config that names none.
 
         Raises:
             ConfigError: The config is of neither kind.
@@ -75,13 +84,15 @@ class Ranker:
             if classifier is not None and hasattr(module, "use"):
                 module.use(classifier)
             return cls(module.eval())
-        if not {"config", "checkpoint"} <= set(config) <= _RUN_KEYS:
+        weights = config.get("checkpoint") or checkpoint
+        if "config" not in config or weights is None or not set(config) <= _RUN_KEYS:
             raise ConfigError(
-                f"ranker {dict(config)}: expected type='...Selector', or config='configs/...' and "
-                "checkpoint='work_dirs/...' of a trained model (and img_size, if it needs another one)"
+                f"ranker {dict(config)}: expected type='...Selector', or config='configs/...' of a trained "
+                "model and checkpoint='work_dirs/...' (else the checkpoint on the command line is meant), "
+                "and perhaps img_size and resize"
             )
-        model = load_model(load_config(config["config"]), config["checkpoint"])
-        return cls(model, config.get("img_size"))
+        model = load_model(load_config(config["config"]), weights)
+        return cls(model, config.get("img_size"), config.get("resize", "bilinear"))
 
     @torch.no_grad()
     def select(self, batch: Mapping[str, Any], inputs: Tensor) -> PatchSelection:
@@ -101,22 +112,22 @@ class Ranker:
         if preprocessor is not None:
             images = batch["inputs"]
             if self.img_size is not None:
-                images = torch.stack([_resize(image, self.img_size) for image in images])
+                images = torch.stack(
+                    [_resize(image, self.img_size, self.resize) for image in images]
+                )
             inputs = preprocessor(dict(inputs=images), False)["inputs"]
         elif self.img_size is not None:
-            inputs = _resize(inputs, self.img_size)
+            inputs = _resize(inputs, self.img_size, self.resize)
         return self.module.select(inputs)
 
 
-def _resize(images: Tensor, side: int) -> Tensor:
+def _resize(images: Tensor, side: int, mode: str = "bilinear") -> Tensor:
     single = images.ndim == 3
-    scaled = F.interpolate(
-        (images[None] if single else images).float(),
-        size=(side, side),
-        mode="bilinear",
-        antialias=True,
-        align_corners=False,
-    )
+    options: dict[str, Any] = {}
+    if mode == "bilinear":
+        options = dict(antialias=True, align_corners=False)
+    batch = (images[None] if single else images).float()
+    scaled = F.interpolate(batch, size=(side, side), mode=mode, **options)
     return scaled[0] if single else scaled
 
 
@@ -217,8 +228,8 @@ class PatchRankLoop(TestLoop):
         dataloader: Loader of the test set, or its config.
         evaluator: Not used; accuracies are counted here.
         ks: Numbers of patches.
-        rankers: By name, a `...Selector`, or `config` and `checkpoint` (and `img_size`) of a model with
-            `select`.
+        rankers: By name, a `...Selector`, or `config` and `checkpoint` (and `img_size`, `resize`) of a model
+            with `select`. Without `checkpoint` the one of the command line is meant.
 
     Raises:
         ConfigError: There is no ranker or no k, or the model is no classifier that can leave out patches.
@@ -249,7 +260,10 @@ class PatchRankLoop(TestLoop):
                 "at least one ranker"
             )
         self.ks = sorted(set(ks))
-        self.rankers = {name: Ranker.build(ranker, self.model) for name, ranker in rankers.items()}
+        self.rankers = {
+            name: Ranker.build(ranker, self.model, getattr(runner, "_load_from", None))
+            for name, ranker in rankers.items()
+        }
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ embedding, R common embedding, C channels.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from patchreg.losses.contrastive import ContrastiveLoss, Embedding, matching_accuracy
+from patchreg.methods.patchgame import convert
 from patchreg.methods.patchgame.listener import PatchGameListener
 from patchreg.methods.patchgame.speaker import PatchGameSpeaker, PatchGameSymbols
 from patchreg.models.heads.projection import ProjectionHead
@@ -24,6 +26,7 @@ from patchreg.registry import MODELS
 from patchreg.structures import PatchSelection
 from patchreg.utils.errors import ConfigError, DataError
 from patchreg.utils.random import batch_random
+from patchreg.utils.weights import load_file, state_dict_of
 
 
 @dataclass(eq=False)
@@ -181,6 +184,20 @@ class PatchGamePretrainer(BaseModel):
         if mode == "predict":
             return self.predict(inputs, data_samples)
         raise ValueError(f"mode={mode!r} is unknown; expected 'tensor', 'loss' or 'predict'")
+
+    def read_checkpoint(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Read a checkpoint of this project or of the authors' training.
+
+        Args:
+            path: File to read.
+
+        Raises:
+            UserError: The file is missing, damaged, or no PatchGame.
+        """
+        loaded = load_file(path, allowed=convert.ALLOWED)
+        if "state_dict" not in loaded:
+            loaded, _ = convert.convert(loaded, os.fspath(path), "ours")
+        return {**loaded, "state_dict": state_dict_of(loaded, path)}
 
     def features(self, inputs: Tensor) -> Tensor:
         """Return what the listener's vision tower sees, before its head.
