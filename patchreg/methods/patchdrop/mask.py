@@ -121,10 +121,11 @@ def mask_patches(
     height, width = images.shape[2:]
     if patch_size is None and fill is None:
         cells = cell_size((height, width), grid)
-        # Cells are scaled in place of the pixels, so no mask of the image's size is made.
-        blocks = images.reshape(len(images), -1, rows, cells[0], columns, cells[1])
-        kept = actions.to(images.dtype).reshape(-1, 1, rows, 1, columns, 1)
-        return (blocks * kept).reshape(images.shape)
+        # A mask of one pixel row per row of cells: it stays in the cache, which one of the image's
+        # size does not, and whole pixel rows are multiplied at once.
+        blocks = images.reshape(len(images), -1, rows, cells[0], width)
+        kept = actions.to(images.dtype).reshape(-1, 1, rows, 1, columns)
+        return (blocks * kept.repeat_interleave(cells[1], dim=4)).reshape(images.shape)
     mask = expand_actions(actions.to(images.dtype), (height, width), grid, patch_size)
     if fill is None:
         return images * mask
