@@ -82,14 +82,64 @@ def choose_windows(
         raise InputTypeError(f"maps have type {cam.dtype}; expected a floating type")
     if cam.ndim != 3:
         raise DataError(f"maps have shape {tuple(cam.shape)}; expected [images, rows, columns]")
-    sound = cam.isfinite().flatten(1).all(1)
+    # A sum in float64 is finite when all its terms are.
+    sound = cam.flatten(1).sum(1, dtype=torch.float64).isfinite()
     if cam.device.type == "cpu" and not bool(sound.all()):
         raise DataError(
             f"the class activation map of image {int((~sound).nonzero()[0])} of the batch holds values "
             "that are not finite; the weights are damaged or training has diverged"
         )
+    used = tuple(float(limit) for limit in limits[: count - 1])
+    if len(set(used)) <= 1:
+        limit = used[0] if used else 1.0
+        return _constant_limit(cam, sound, window, count, limit, official_first_cell)
+    return _varying_limits(cam, sound, window, used, official_first_cell)
+
+
+def _constant_limit(
+    cam: Tensor, sound: Tensor, window: Window, count: int, limit: float, first_cell: bool
+) -> Tensor:
+    """Take the highest cell again and again and strike out what overlaps it.
+
+    With one limit for all steps, what is struck out once stays so, which is the single walk.
+    """
     grid = (cam.shape[1], cam.shape[2])
-    table = overlap_table(grid, window, cam.device)
+    strike = _strike_table(grid, window, cam.device, cam.dtype, limit, first_cell)
+    left = cam.flatten(1).clone()
+    if cam.device.type != "cpu":
+        left.masked_fill_(~sound[:, None], -torch.inf)
+    found: list[tuple[Tensor, Tensor]] = []
+    for step in range(count):
+        if step:
+            left.add_(strike.index_select(0, found[-1][1]))
+        # Of equal values the first one is taken.
+        best, cell = left.max(dim=1)
+        found.append((best, cell))
+    values, cells = (torch.stack(part, dim=1) for part in zip(*found))
+    return torch.where(values > -torch.inf, cells, -1)
+
+
+@lru_cache(maxsize=32)
+def _strike_table(
+    grid: tuple[int, int],
+    window: Window,
+    device: torch.device,
+    dtype: torch.dtype,
+    limit: float,
+    first_cell: bool,
+) -> Tensor:
+    """Return for every cell what to add to the others: -inf where they, or itself, cannot follow it."""
+    banned = overlap_table(grid, window, device) > limit
+    if first_cell:
+        banned[:, 0] = False
+    return torch.where(banned.fill_diagonal_(True), -torch.inf, 0.0).to(dtype)
+
+
+def _varying_limits(
+    cam: Tensor, sound: Tensor, window: Window, limits: Sequence[float], first_cell: bool
+) -> Tensor:
+    """Walk down the sorted cells; a cell passed over under one limit is lost for the next."""
+    table = overlap_table((cam.shape[1], cam.shape[2]), window, cam.device)
     order = cam.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = torch.arange(order.shape[1], device=cam.device)
     cell = order[:, :1]
@@ -97,9 +147,9 @@ def choose_windows(
     found = sound[:, None]
     overlap = table[cell[:, 0]]
     chosen = [torch.where(found, cell, -1)]
-    for limit in limits[: count - 1]:
+    for limit in limits:
         fits = overlap <= limit
-        if official_first_cell:
+        if first_cell:
             fits[:, 0] = True
         candidates = fits.gather(1, order) & (rank > last)
         # The highest score among the candidates is the first of them in rank order.
