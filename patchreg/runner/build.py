@@ -51,6 +51,7 @@ from patchreg.runner.stop import shielded
 from patchreg.runner.strict import check_config, check_options, check_shadowed_helpers
 from patchreg.utils.errors import CheckpointError, ConfigError, MissingFileError, UserError
 from patchreg.utils.files import replace_safely
+from patchreg.utils.public_weights import PUBLIC_WEIGHTS
 from patchreg.utils.random import batch_random
 from patchreg.utils.weights import load_file, state_dict_of
 
@@ -507,11 +508,14 @@ def resolve_checkpoint(path: str | os.PathLike[str]) -> str:
     """Return the file that a checkpoint path means.
 
     Args:
-        path: A file; or a folder, or `last.pth` in it, for the newest checkpoint of the folder.
+        path: A file; a folder, or `last.pth` in it, for the newest checkpoint of the folder; or a name of
+            `patchreg.utils.public_weights`, such as `dino_vits16`, for where its file is looked for.
     """
     path = os.fspath(path)
     if os.path.isfile(path):
         return path
+    if path in PUBLIC_WEIGHTS:
+        return str(PUBLIC_WEIGHTS[path].path)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if os.path.isdir(path) or os.path.basename(path) == "last.pth":
         return latest_checkpoint(folder) or path

@@ -22,7 +22,7 @@ from patchreg.runner.build import (
 )
 from patchreg.runner.explain import describe
 from patchreg.utils.errors import ConfigError, MissingFileError, ProcessLostError, UserError
-from patchreg.utils.weights import maker_of
+from patchreg.utils.weights import how_to_get
 
 _LOST = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection (was )?closed|timed out waiting|gloo.*timeout"
@@ -217,9 +217,7 @@ def _use_amp(config: Config) -> None:
 def _existing(path: str) -> str:
     found = resolve_checkpoint(path)
     if not os.path.isfile(found):
-        maker = maker_of(path)
-        remedy = f"make it with: python tools/train.py {maker}" if maker else "check the path"
-        raise MissingFileError(f"checkpoint '{path}' does not exist; {remedy}")
+        raise MissingFileError(f"checkpoint '{path}' does not exist; {how_to_get(path)}")
     return found
 
 

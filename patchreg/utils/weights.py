@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from patchreg.utils.errors import CheckpointError, MissingFileError
+from patchreg.utils.public_weights import advice_for
 
 _CONTAINERS = ("state_dict", "model", "state_dict_ema", "model_state_dict", "net")
 
@@ -33,6 +34,18 @@ def maker_of(path: str | os.PathLike[str]) -> str | None:
         if config.is_file():
             return str(config)
     return None
+
+
+def how_to_get(path: str | os.PathLike[str]) -> str:
+    """Say what to do about a weight file that does not exist.
+
+    Args:
+        path: Path of the file, or name of public weights.
+    """
+    maker = maker_of(path)
+    if maker:
+        return f"make it with: python tools/train.py {maker}"
+    return advice_for(os.fspath(path)) or "check the path"
 
 
 def load_file(
@@ -56,9 +69,7 @@ def load_file(
     path = os.fspath(path)
     if not os.path.isfile(path):
         kind = "is a folder" if os.path.isdir(path) else "does not exist"
-        maker = maker_of(path)
-        remedy = f"make it with: python tools/train.py {maker}" if maker else "check the path"
-        raise MissingFileError(f"checkpoint '{path}' {kind}; {remedy}")
+        raise MissingFileError(f"checkpoint '{path}' {kind}; {how_to_get(path)}")
     if path.endswith(".safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load_file as read
