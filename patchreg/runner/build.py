@@ -414,13 +414,16 @@ class EngineRunner(Runner):
             )
         if mode == "test":
             self._test_loop = self.build_test_loop(self._test_loop)
+            check_classes(self.cfg, "test_dataloader", self._test_loop.dataloader.dataset)
             return
         check_room(self.work_dir, self._bare_model())
         names = self.cfg.get("activation_checkpointing") or []
         child_lists(self._bare_model(), names, "activation_checkpointing")
         self._train_loop = self.build_train_loop(self._train_loop)
+        check_classes(self.cfg, "train_dataloader", self._train_loop.dataloader.dataset)
         if self._val_loop is not None:
             self._val_loop = self.build_val_loop(self._val_loop)
+            check_classes(self.cfg, "val_dataloader", self._val_loop.dataloader.dataset)
 
     def _read_checkpoint(self, filename: str, map_location: Any = "cpu") -> dict[str, Any]:
         """Read a file; a model that takes only a part of one says itself which (`read_checkpoint`)."""
@@ -438,6 +441,27 @@ class EngineRunner(Runner):
         """Evaluate on the validation set, with draws from the global generators."""
         batch_random.end()
         return super().val()
+
+
+def check_classes(config: Config, key: str, dataset: Any) -> None:
+    """Refuse a data set with more classes than the classifier tells apart.
+
+    Args:
+        config: Config of the run.
+        key: Where the data set stands in it.
+        dataset: The data set; one without classes passes.
+
+    Raises:
+        ConfigError: Names both numbers.
+    """
+    head = config.get("model", {}).get("head")
+    outputs = head.get("num_classes") if isinstance(head, Mapping) else None
+    classes = getattr(dataset, "metainfo", {}).get("classes") or ()
+    if isinstance(outputs, int) and len(classes) > outputs:
+        raise ConfigError(
+            f"model.head.num_classes={outputs}, but {key}.dataset has {len(classes)} classes "
+            f"({', '.join(map(str, classes[:3]))}, ...); set it to {len(classes)}"
+        )
 
 
 def check_room(work_dir: str | os.PathLike[str], model: torch.nn.Module) -> None:
@@ -647,8 +671,10 @@ def build_runner(config: Config) -> EngineRunner:
         ConfigError: A part cannot be built from its arguments.
     """
     config = copy.deepcopy(config)
-    if config.get("randomness", {}).get("seed") is None:
-        config.setdefault("randomness", {})["seed"] = 0
+    randomness = dict(config.get("randomness") or {})
+    if randomness.get("seed") is None:
+        randomness["seed"] = 0
+    config.randomness = randomness
     # MMEngine's own default asks for nccl.
     config.setdefault("env_cfg", {})
     folder = Path(config.work_dir)

@@ -203,7 +203,7 @@ def _restarted() -> bool:
 def _apply(config: Config, launcher: str, seed: int | None) -> None:
     config.launcher = launcher
     if seed is not None:
-        config.setdefault("randomness", {})["seed"] = seed
+        config.randomness = {**(config.get("randomness") or {}), "seed": seed}
 
 
 def _use_amp(config: Config) -> None:
