@@ -8,6 +8,7 @@ from patchreg.datasets import (  # noqa: F401
     fmow,
     image_files,
     image_list,
+    imagenet_photos,
     inaturalist,
     keyed,
     photo_copies,

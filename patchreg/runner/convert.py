@@ -3,7 +3,8 @@
 A method that reads or writes foreign checkpoints has a module `convert` in its package with
 `LAYOUTS` (name -> what it is), `ALLOWED` (classes of plain values in foreign files), `OPTIONS` (flag
 -> arguments of `add_argument`) and `convert(loaded, path, to, layout, **options)`, which returns the
-new checkpoint and a report. The report is a dict of names by what happened to them.
+new checkpoint and a report. The report is a dict of names by what happened to them. A module with
+`read(path)` reads the file itself. Converters of no method lie in `patchreg.converters`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from patchreg.converters import shared_converters
 from patchreg.registry import method_modules
 from patchreg.utils.errors import CheckpointError, ConfigError
 from patchreg.utils.files import replace_safely
@@ -26,8 +28,8 @@ _SHOWN = 3
 
 
 def converters() -> dict[str, ModuleType]:
-    """Return the `convert` module of every method that has one, by method."""
-    return method_modules("convert")
+    """Return the converters by name: those of the methods, and those that belong to none."""
+    return {**method_modules("convert"), **shared_converters()}
 
 
 def convert_file(
@@ -66,7 +68,10 @@ def convert_file(
             raise ConfigError(f"'{target}' exists; choose another name, or replace it with --force")
         if not Path(target).absolute().parent.is_dir():
             raise ConfigError(f"the folder of '{target}' does not exist; make it first")
-    loaded = load_file(source, allowed=converter.ALLOWED)
+    if hasattr(converter, "read"):
+        loaded = converter.read(source)
+    else:
+        loaded = load_file(source, allowed=converter.ALLOWED)
     checkpoint, report = converter.convert(loaded, source, to, layout, **(options or {}))
     report = {"source": source, "out": out, **report}
     if out.endswith(".safetensors"):
