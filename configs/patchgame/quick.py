@@ -1,4 +1,4 @@
-"""Small PatchGame on CIFAR-10 (the embedded cut of Fashion-MNIST where it was not prepared), patches of 8 px.
+"""Small PatchGame on CIFAR-10 (the embedded cut of Fashion-MNIST where it was not prepared), patches of 4 px.
 
     python tools/train.py configs/patchgame/quick.py
 
@@ -13,17 +13,17 @@ _vit = dict(
     type="VisionTransformerBackbone",
     arch=dict(embed_dims=64, depth=2, num_heads=2),
     img_size=32,
-    patch_size=8,
+    patch_size=4,
     mlp_ratio=2,
 )
 model = dict(
     backbone=dict(_delete_=True, type="PatchGameResNetBackbone"),
-    ranker=_vit,
+    ranker=dict(_vit, arch=dict(embed_dims=64, depth=1, num_heads=2)),
     symbol=_vit,
-    selector=dict(count=16),
+    selector=dict(count=64),
     head=dict(out_dim=1024, hidden_dim=256, bottleneck_dim=64),
     img_size=32,
-    patch_size=8,
+    patch_size=4,
     hidden_dim=64,
     text_dims=64,
     text_heads=2,
@@ -31,7 +31,7 @@ model = dict(
 )
 val_evaluator = dict(type="PatchGameMatchMetric")
 test_evaluator = val_evaluator
-optim_wrapper = dict(optimizer=dict(lr=5e-4))
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [
     dict(
         type="WarmupCosineParamScheduler",
@@ -42,6 +42,6 @@ param_scheduler = [
     )
 ]
 auto_scale_lr = dict(enable=False)
-train_cfg = dict(max_epochs=6, val_interval=2)
+train_cfg = dict(max_epochs=3, val_interval=3)
 val_cfg = dict()
 test_cfg = dict()

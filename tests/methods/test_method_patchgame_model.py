@@ -340,6 +340,13 @@ def test_every_trained_parameter_gets_a_gradient() -> None:
         assert not [name for name in trained if model.get_parameter(name).grad is None]
 
 
+def test_topk_is_held_against_the_patches_at_hand() -> None:
+    model = MODELS.build(small(selector=dict(type="RankSelector", topk=17))).eval()
+    assert model.select(torch.randn(2, 3, 24, 24)).keep.sum(1).tolist() == [17, 17]
+    with pytest.raises(DataError, match="cannot keep 17 of 16"):
+        model.select(torch.randn(2, 3, 16, 16))
+
+
 def test_predict_counts_better_matches() -> None:
     model = MODELS.build(small()).eval()
     found = model(torch.randn(2, 5, 3, 16, 16).unbind(0), mode="predict")
@@ -361,7 +368,6 @@ def test_predict_counts_better_matches() -> None:
         (dict(patch_size=8), "the same patches"),
         (dict(ranker=dict(type="PatchGameResNetBackbone"), img_size=32), "the same patches"),
         (dict(ranker=dict(type="PatchGameResNetBackbone", stride=8)), "VisionTransformerBackbone"),
-        (dict(selector=dict(type="RankSelector", topk=17)), "16 patches"),
         (dict(vocab_size=1), "vocab_size=1"),
         (dict(max_len=0), "max_len=0"),
         (dict(temperature=0.0), "temperature=0"),

@@ -1,11 +1,13 @@
 """CIFAR-10 at 32 px without labels: two random views of every image, in training and in validation.
 
-The embedded cut of Fashion-MNIST where CIFAR-10 was not prepared. Views are cut and changed by Pillow in the
-main process.
+The embedded cut of Fashion-MNIST where CIFAR-10 was not prepared. Views are cut by Pillow in the main
+process, their colours are changed batch by batch.
 """
 
-_view = dict(size=32, scale=(0.3, 1.0))
-_pipeline = [dict(type="MultiView", source_size=None, views=[_view, _view])]
+_view = dict(size=32, scale=(0.4, 1.0))
+_pipeline = [
+    dict(type="MultiView", source_size=None, photometry="device", views=[_view, _view]),
+]
 
 train_dataloader = dict(
     batch_size=128,

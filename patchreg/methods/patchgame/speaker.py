@@ -181,11 +181,6 @@ class PatchGameSpeaker(nn.Module):
         self.grid = (side, side)
         self.drop_rate = drop_rate
         self.selector: RankSelector = MODELS.build(selector)
-        if self.selector.topk is not None and self.selector.topk > side * side:
-            raise ConfigError(
-                f"selector.topk={self.selector.topk}: {img_size} px have {side * side} patches of "
-                f"{patch_size} px"
-            )
         self.pe_symbol = nn.Parameter(torch.zeros(1, side * side, hidden_dim), symbol is None)
         self.patch_rank = MODELS.build(ranker)
         channels = self._check("ranker", self.patch_rank, img_size, patch_size)
