@@ -47,10 +47,17 @@ def read_samples(source: str, config: Config, count: int) -> list[Any]:
     if not any(step["type"] == "LoadImage" for step in steps):
         # Data sets that live in memory have no loading step; their images have the model's size.
         steps.insert(0, dict(type="LoadImage"))
-        size = config.model.backbone.get("img_size", 224)
-        steps.insert(1, dict(type="mmpretrain.Resize", scale=(size, size), backend="pillow"))
+        side = config.model.get("backbone", {}).get("img_size")
+        scale = (side, side) if side else _stored_size(config)
+        steps.insert(1, dict(type="mmpretrain.Resize", scale=scale, backend="pillow"))
     pipeline = Compose(steps)
     return [pipeline(dict(img_path=str(file), img_prefix=None)) for file in files]
+
+
+def _stored_size(config: Config) -> tuple[int, int]:
+    """Return width and height of the images of a test set that lives in memory."""
+    shape = read_samples("test", config, 1)[0]["inputs"].shape
+    return int(shape[-1]), int(shape[-2])
 
 
 def model_classes(config: Config) -> list[str]:
