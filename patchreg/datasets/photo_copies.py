@@ -265,7 +265,7 @@ class PhotoCopiesDataset(_FileDataset):
         self._metainfo["block_of"] = np.repeat(np.arange(len(self.edits)), self.count).tolist()
 
     def _images(self, folder: str, name: str) -> list[str]:
-        found = list(images_below(folder)) if Path(folder).is_dir() else []
+        found = list(images_below(folder)) if folder and Path(folder).is_dir() else []
         if not found:
             raise MissingFileError(
                 f"there are no images in '{folder}'; get them with: python tools/prepare_data.py {name}"

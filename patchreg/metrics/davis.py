@@ -210,17 +210,20 @@ class DavisMetric(BaseMetric):
                 )
             truth, predicted = split_objects(sample["truth"], sample["predicted"], name)
             regions, contours = score_objects(truth[:, 1:-1], predicted[:, 1:-1])
-            for region, contour in zip(regions, contours, strict=True):
-                self.results.append((name, statistics(region), statistics(contour)))
+            objects = [
+                (statistics(region), statistics(contour))
+                for region, contour in zip(regions, contours, strict=True)
+            ]
+            self.results.append(objects)
 
-    def compute_metrics(self, results: list[tuple]) -> dict[str, float]:
+    def compute_metrics(self, results: list[list[tuple]]) -> dict[str, float]:
         """Average over all objects of all sequences.
 
         Args:
-            results: Name of the sequence, statistics of J and of F for each object.
+            results: For each sequence the statistics of J and of F of its objects.
         """
-        regions = np.array([item[1] for item in results])
-        contours = np.array([item[2] for item in results])
+        table = np.array([item for objects in results for item in objects])
+        regions, contours = table[:, 0], table[:, 1]
         metrics = {"J&F": 50.0 * (regions[:, 0].mean() + contours[:, 0].mean())}
         for start, table in (("J", regions), ("F", contours)):
             for column, name in enumerate(("mean", "recall", "decay")):
