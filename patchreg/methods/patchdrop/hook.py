@@ -122,26 +122,32 @@ class PatchDropBudgetHook(Hook):
     """Train for a wanted number of patches: a controller finds the price of a patch.
 
     The price comes on top of the reward, whether the answer is right or wrong, and may become
-    negative; it is the multiplier of the constraint "so many patches on average". After every step
-    it moves by gain * (kept - target) / P, `kept` being the mean of the greedy decisions. It is
-    part of the checkpoint.
+    negative; it is the multiplier of the constraint "so many patches on average". With the gap
+    e = (kept - target) / P, `kept` being the mean of the greedy decisions, it is proportional * e
+    plus the sum of integral * e over all steps. It is part of the checkpoint.
 
     Source:
         Own; the official code is tuned by the penalty.
 
     Args:
         target: Wanted mean of kept patches per image.
-        gain: How fast the price moves.
+        proportional: Price for a gap of all patches. Without it the price swings, because the policy
+            follows with a delay.
+        integral: How fast the price grows while there is a gap.
 
     Raises:
-        ConfigError: `target` or `gain` is not positive.
+        ConfigError: `target` or `integral` is not positive, or `proportional` is negative.
     """
 
-    def __init__(self, target: float, gain: float = 0.02) -> None:
-        if target <= 0 or gain <= 0:
-            raise ConfigError(f"target={target}, gain={gain}: expected both > 0")
+    def __init__(self, target: float, proportional: float = 4.0, integral: float = 0.02) -> None:
+        if target <= 0 or integral <= 0 or proportional < 0:
+            raise ConfigError(
+                f"target={target}, proportional={proportional}, integral={integral}: expected "
+                "target and integral > 0, proportional >= 0"
+            )
         self.target = target
-        self.gain = gain
+        self.proportional = proportional
+        self.integral = integral
 
     def before_train(self, runner: Any) -> None:
         """Check the target against the grid.
@@ -171,9 +177,12 @@ class PatchDropBudgetHook(Hook):
         assert model.last_step is not None
         kept = model.last_step.greedy.sum(1).mean().double()
         all_reduce(kept, "mean")
-        cells = model.selector.num_patches
-        model.policy_loss.surcharge += self.gain * (kept - self.target) / cells
-        runner.message_hub.update_scalar("train/patch_price", model.policy_loss.surcharge.item())
+        loss = model.policy_loss
+        gap = (kept - self.target) / model.selector.num_patches
+        # The sum so far is the price without its proportional part.
+        loss.surcharge += self.integral * gap + self.proportional * (gap - loss.gap)
+        loss.gap.copy_(gap)
+        runner.message_hub.update_scalar("train/patch_price", loss.surcharge.item())
 
 
 @HOOKS.register_module()

@@ -43,6 +43,7 @@ class PatchDropPolicyLoss(nn.Module):
     """
 
     surcharge: Tensor
+    gap: Tensor
     prices: Tensor | None
 
     def __init__(
@@ -73,9 +74,10 @@ class PatchDropPolicyLoss(nn.Module):
         self.loss_weight = loss_weight
         table = None if prices is None else torch.tensor(prices, dtype=torch.float64)
         self.register_buffer("prices", table, persistent=False)
-        # Price of all patches on top of the reward, moved by PatchDropBudgetHook; it belongs into
-        # the checkpoint so that a resumed run goes on with it.
+        # Price of all patches on top of the reward, and the gap between kept and wanted patches that
+        # PatchDropBudgetHook saw last: in the checkpoint, so that a resumed run goes on with them.
         self.register_buffer("surcharge", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("gap", torch.zeros((), dtype=torch.float64))
 
     def share(self, actions: Tensor) -> Tensor:
         """Return the share of the patches, or of their price, that is kept.

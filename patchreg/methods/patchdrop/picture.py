@@ -66,7 +66,11 @@ def draw_policy(source: str, path: str, checkpoint: str, out: str, count: int = 
     if count < 1:
         raise ConfigError(f"--count {count}: expected at least 1")
     check_out(out)
+    # The checkpoint holds all parts, so the files of earlier stages are not needed.
     config = load_config(path, moved={"work_dirs": "work_dirs"})
+    for part in config.model.values():
+        if isinstance(part, dict):
+            part.pop("init_cfg", None)
     model = load_model(config, checkpoint)
     if not isinstance(model, PatchDropClassifier):
         raise ConfigError(f"'{path}' has no policy; give a config of stage 1 to 3 of PatchDrop")
