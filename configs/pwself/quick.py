@@ -3,7 +3,7 @@
     python tools/train.py configs/pwself/quick.py
     python tools/test.py configs/pwself/quick.py work_dirs/pwself/quick
 
-Hardware and hours: 2 CPU cores, 5 minutes.
+Hardware and hours: 2 CPU cores, about 4 minutes.
 Expected: (to be measured)
 """
 
@@ -15,47 +15,32 @@ _base_ = [
 
 model = dict(
     backbone=dict(
-        arch=dict(embed_dims=128, depth=4, num_heads=4),
+        arch=dict(embed_dims=128, depth=3, num_heads=4),
         img_size=32,
-        patch_size=4,
         mlp_ratio=2,
         drop_path_rate=0.0,
     ),
-    head=dict(in_channels=128, out_dim=1024, hidden_dim=256, bottleneck_dim=64),
+    head=dict(in_channels=128, out_dim=256, hidden_dim=256, bottleneck_dim=64),
+    # In so short a training the class token, which is evaluated, has to learn first.
+    class_weight=0.8,
 )
 data_preprocessor = dict(type="MultiViewPreprocessor")
+_views = [
+    dict(num=2, size=32, scale=(0.4, 1.0)),
+    dict(num=2, size=16, scale=(0.1, 0.4)),
+]
+_cut = dict(type="MultiView", source_size=32, photometry="device", views=_views)
 train_dataloader = dict(
-    batch_size=128,
+    batch_size=32,
     num_workers=0,
     drop_last=True,
     sampler=dict(type="DefaultSampler", shuffle=True),
     collate_fn=dict(type="default_collate"),
-    dataset=dict(
-        type="QuickStartDataset",
-        data_root="data/cifar10",
-        split="train",
-        pipeline=[
-            dict(
-                type="MultiView",
-                source_size=32,
-                photometry="device",
-                views=[
-                    dict(num=2, size=32, scale=(0.4, 1.0), blur=0.0, solarize=0.0),
-                    dict(num=4, size=16, scale=(0.1, 0.4), blur=0.0),
-                ],
-            )
-        ],
-    ),
+    dataset=dict(type="QuickStartDataset", data_root="data/cifar10", pipeline=[_cut]),
 )
-optim_wrapper = dict(dtype="bfloat16", optimizer=dict(lr=1e-3))
-param_scheduler = [
-    dict(
-        type="WarmupCosineParamScheduler",
-        param_name="lr",
-        warmup=1,
-        final=1e-5,
-        convert_to_iter_based=True,
-    )
-]
+optim_wrapper = dict(dtype="bfloat16", optimizer=dict(lr=1.5e-3))
+_schedule = dict(type="WarmupCosineParamScheduler", convert_to_iter_based=True)
+param_scheduler = [dict(_schedule, param_name="lr", warmup=0.2, final=1e-5)]
 auto_scale_lr = dict(enable=False)
-train_cfg = dict(max_epochs=3)
+custom_hooks = [dict(type="ProgressHook"), dict(type="PWSelfTeacherHook", momentum=0.99)]
+train_cfg = dict(max_epochs=2)

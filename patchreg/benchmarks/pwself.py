@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import random
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -277,15 +277,22 @@ def _peak(kind: str, device: str, images: int, queue: Any) -> None:
 
     # What libraries allocate once does not count.
     (torch.zeros(64, 64, device=device, requires_grad=True) @ unit(64)[:, :64]).sum().backward()
-    start = _used(device)
+    start = _peak_bytes(device, reset=True)
     loss().backward()
-    queue.put(max(_used(device) - start, 1))
+    queue.put(max(_peak_bytes(device) - start, 1))
 
 
-def _used(device: str) -> int:
+def _peak_bytes(device: str, reset: bool = False) -> int:
+    """Return the peak so far; `reset` sets it back to what is in use first."""
     if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if reset:
+        # A process inherits the peak of the one that started it.
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def _matching(part: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -141,8 +141,9 @@ class PWSelfLoss(nn.Module):
         center_mode: `per_position` has one center per token, as published; `cls_patch` one for the
             class token and one for all patches; `global` a single one.
         block_size: Logits of the student, and of the teacher, that exist at the same time (at least
-            those of the teacher's tokens of one image); None for 2^19 on a CPU, whose cache they fit,
-            and 2^26 on a GPU.
+            those of the teacher's tokens of one image). None for 2^19 on a CPU, whose cache they fit,
+            and 2^26 on a GPU, but at least 256 tokens of the student: every block is added to the
+            gradient of the last layer.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -212,7 +213,8 @@ class PWSelfLoss(nn.Module):
         images = len(matches.starts) - 1
         views = len(teacher) // images
         by_image = teacher.detach().unflatten(0, (views, images)).transpose(0, 1).flatten(1, 2)
-        block = self.block_size or (1 << 19 if student.device.type == "cpu" else 1 << 26)
+        least = 1 << 19 if student.device.type == "cpu" else 1 << 26
+        block = self.block_size or max(least, 256 * self.center.shape[2])
         terms = MatchedCrossEntropy.apply(
             student,
             student_weight,
