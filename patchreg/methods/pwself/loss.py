@@ -45,15 +45,15 @@ class MatchedCrossEntropy(torch.autograd.Function):
             ctx: Context of autograd.
             x: Bottleneck features of the student's tokens.
             weight: Last layer of the student.
-            teacher: Bottleneck features of the teacher's tokens.
+            teacher: Bottleneck features of the teacher's tokens, image by image.
             teacher_weight: Last layer of the teacher.
-            center: Center of each of the teacher's tokens.
+            center: Center of each token of a view, or one for all.
             matches: Pairs of tokens.
             temperatures: Those of student and teacher.
             block: Logits of each side that exist at the same time.
 
         Shape:
-            x [N, C]; weights [K, C]; teacher [B, U * T, C]; center [U * T, K]; returns [N].
+            x [N, C]; weights [K, C]; teacher [B, U, T, C]; center [T, K] or [1, K]; returns [N].
         """
         exact = center.dtype
         if torch.is_autocast_enabled(x.device.type):
@@ -67,18 +67,19 @@ class MatchedCrossEntropy(torch.autograd.Function):
         values = matches.weight.to(exact).to(x.device, non_blocking=True)
         places = torch.stack((matches.student, matches.teacher)).to(x.device, non_blocking=True)
         starts = matches.starts.tolist()
-        images_at_once = max(block // (teacher.shape[1] * count), 1)
+        tokens = teacher.shape[1] * teacher.shape[2]
+        images_at_once = max(block // (tokens * count), 1)
         rows_at_once = max(block // count, 1)
         for image in range(0, len(teacher), images_at_once):
             until = min(image + images_at_once, len(teacher))
             target = (teacher[image:until] @ teacher_weight.t()).to(exact)
-            target = target.sub_(center).div_(temperatures[1]).softmax(2).flatten(0, 1)
+            target = target.sub_(center).div_(temperatures[1]).softmax(3).flatten(0, 2)
             for row in range(starts[image], starts[until], rows_at_once):
                 stop = min(row + rows_at_once, starts[until])
                 span = slice(
                     *torch.searchsorted(matches.student, torch.tensor([row, stop])).tolist()
                 )
-                corner = torch.tensor([[row], [image * teacher.shape[1]]], device=x.device)
+                corner = torch.tensor([[row], [image * tokens]], device=x.device)
                 mix = torch.sparse_coo_tensor(
                     places[:, span] - corner,
                     values[span],
@@ -212,7 +213,9 @@ class PWSelfLoss(nn.Module):
         exact = torch.float64 if student.dtype == torch.float64 else torch.float32
         images = len(matches.starts) - 1
         views = len(teacher) // images
-        by_image = teacher.detach().unflatten(0, (views, images)).transpose(0, 1).flatten(1, 2)
+        by_image = teacher.detach().unflatten(0, (views, images)).transpose(0, 1)
+        # One center per token, or one for all, need no copy.
+        center = self.center[0] if self.center.shape[1] != 2 else self.center[0, self.place]
         least = 1 << 19 if student.device.type == "cpu" else 1 << 26
         block = self.block_size or max(least, 256 * self.center.shape[2])
         terms = MatchedCrossEntropy.apply(
@@ -220,7 +223,7 @@ class PWSelfLoss(nn.Module):
             student_weight,
             by_image,
             teacher_weight.detach(),
-            self.center[0, self.place].to(exact).repeat(views, 1),
+            center.to(exact),
             matches,
             (self.student_temperature, self.teacher_temperature),
             block,
