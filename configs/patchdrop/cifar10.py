@@ -3,7 +3,7 @@
     python tools/train.py configs/patchdrop/cifar10.py
 
 Hardware and hours: not run at this length; `cifar10_short.py` is the schedule for a CPU.
-Expected: not measured; the paper's figures are on this folder's page.
+Expected: not measured. The paper's figures could not be checked and are not quoted.
 """
 
 stages = [

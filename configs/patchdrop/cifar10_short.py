@@ -3,7 +3,7 @@
     python tools/train.py configs/patchdrop/cifar10_short.py
 
 Hardware and hours: 2 CPU cores, about 2 hours when they are free.
-Expected: see docs/runs/patchdrop_cifar10.
+Expected: not finished yet.
 """
 
 stages = [

@@ -3,7 +3,7 @@
     python tools/train.py configs/patchdrop/cifar10_short_finetune.py
 
 Hardware and hours: 2 CPU cores, half an hour.
-Expected: see docs/runs/patchdrop_cifar10.
+Expected: not finished yet.
 """
 
 _base_ = [

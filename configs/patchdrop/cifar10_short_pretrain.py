@@ -3,7 +3,7 @@
     python tools/train.py configs/patchdrop/cifar10_short_pretrain.py
 
 Hardware and hours: 2 CPU cores, 10 minutes.
-Expected: see docs/runs/patchdrop_cifar10.
+Expected: not finished yet.
 """
 
 _base_ = [

@@ -3,7 +3,7 @@
     python tools/test.py configs/patchdrop/cifar10_short_sweep.py
 
 Hardware and hours: 2 CPU cores, 15 minutes.
-Expected: see docs/runs/patchdrop_cifar10.
+Expected: not finished yet.
 """
 
 _base_ = [
