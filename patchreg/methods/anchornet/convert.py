@@ -191,8 +191,9 @@ def _downstream_names(state: Mapping[str, Tensor], ours: bool, path: str) -> dic
     return {key[len(start) :]: value for key, value in state.items()}
 
 
-def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    parts = {
+def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return what does not fit, by kind."""
+    return {
         "missing": [key for key in expected if key not in state],
         "unexpected": [key for key in state if key not in expected],
         "other shapes": [
@@ -201,9 +202,12 @@ def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
             if key in state and state[key].shape != value.shape
         ],
     }
+
+
+def _told(wrong: Mapping[str, list[str]]) -> str:
     return "; ".join(
         f"{what}: {', '.join(names[:_SHOWN])}" + (" ..." if len(names) > _SHOWN else "")
-        for what, names in parts.items()
+        for what, names in wrong.items()
         if names
     )
 
@@ -222,9 +226,9 @@ def _check_anchor(official: Mapping[str, Tensor], path: str) -> dict[str, Any]:
         model = MODELS.build(dict(type="AnchorNetClassifier", backbone=backbone, head=head))
     expected = model.state_dict()
     wrong = _compare(anchor_from_official(official), expected)
-    if wrong:
+    if any(wrong.values()):
         raise CheckpointError(
-            f"'{path}' is no AnchorNet with the {len(OFFICIAL_BLOCKS)} published blocks: {wrong}"
+            f"'{path}' is no AnchorNet with the {len(OFFICIAL_BLOCKS)} published blocks: {_told(wrong)}"
         )
     return {"backbone": backbone, "head": head}
 
@@ -245,10 +249,11 @@ def _check_downstream(
         with torch.device("meta"):
             expected = TorchvisionBackbone(name, classes).model.state_dict()
         problems[name] = _compare(official, expected)
-        if not problems[name]:
+        if not any(problems[name].values()):
             backbone = dict(type="TorchvisionBackbone", model_name=name, num_classes=classes)
             return {"backbone": backbone}
-    nearest = min(problems, key=lambda name: len(problems[name]))
+    nearest = min(problems, key=lambda name: sum(map(len, problems[name].values())))
     raise CheckpointError(
-        f"'{path}' is none of the networks {', '.join(problems)}; nearest is {nearest}: {problems[nearest]}"
+        f"'{path}' is none of the networks {', '.join(problems)}; nearest is {nearest}: "
+        f"{_told(problems[nearest])}"
     )
