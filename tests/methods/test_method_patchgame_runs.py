@@ -369,7 +369,7 @@ def test_pictures(tmp_path: Path) -> None:
     told = symbols.run("symbols", Namespace(**common, out=out, count=9, symbols=5, patches=4))
     assert Path(out).stat().st_size > 3_000
     assert told.startswith("3 images: ")
-    with pytest.raises(ConfigError, match="--keep 17"):
-        ranks.run("ranks", Namespace(**common, keep=17, out=out, count=2))
+    with pytest.raises(ConfigError, match="--keep 65"):
+        ranks.run("ranks", Namespace(**common, keep=65, out=out, count=2))
     with pytest.raises(ConfigError, match="--patches 0"):
         symbols.run("symbols", Namespace(**common, out=out, count=9, symbols=5, patches=0))
