@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ._library import build_info
 from .bilinear import bilinear_channelwise, bilinear_pointwise, bilinear_pointwise_packed
+from .fused import compress_norm, decompress_norm, sum_norm
 from .ragged import ragged_attention, ragged_matmul
 from .region_sample import (
     RowPlan,
@@ -17,6 +18,7 @@ from .region_sample import (
     decompress_dense,
     dense_row_plan,
     region_grid,
+    route,
     row_lengths,
     row_plan,
 )
@@ -29,12 +31,16 @@ __all__ = [
     "build_info",
     "compress",
     "compress_dense",
+    "compress_norm",
     "decompress",
     "decompress_dense",
+    "decompress_norm",
     "dense_row_plan",
     "ragged_attention",
     "ragged_matmul",
     "region_grid",
+    "route",
     "row_lengths",
     "row_plan",
+    "sum_norm",
 ]

@@ -22,13 +22,15 @@ INSTALL_HINT = (
 _GRID = "SymInt height, SymInt width, SymInt extra"
 _POOL = f"Tensor x, Tensor rows, Tensor owner, {_GRID}, bool mean"
 _UNPOOL = f"Tensor update, Tensor rows, Tensor owner, Tensor? reference, {_GRID}, bool mean"
+_NORM = "Tensor weight, Tensor bias, float eps"
 # `mean` divides by the number of real tokens of a row. The dense operators weigh a token by the
 # gate of its region; without a gate they divide as well.
 SCHEMAS = {
+    "region_route": f"(Tensor logits, int[] splits, {_GRID}) -> (Tensor choice, Tensor lengths)",
     "region_lengths": f"(Tensor choice, int[] splits, {_GRID}) -> Tensor",
     "region_plan": (
-        f"(Tensor choice, int[] splits, {_GRID}, SymInt total)"
-        " -> (Tensor rows, Tensor lengths, Tensor owner)"
+        f"(Tensor choice, int[] splits, {_GRID}, SymInt total, bool padded)"
+        " -> (Tensor rows, Tensor lengths, Tensor owner, Tensor starts)"
     ),
     "region_pool": f"({_POOL}) -> Tensor",
     "region_pool_out": f"({_POOL}, Tensor(a!) out) -> ()",
@@ -39,6 +41,14 @@ SCHEMAS = {
         f"(Tensor update, Tensor? gate, Tensor? reference, int[] splits, {_GRID}) -> Tensor"
     ),
     "region_gate_dot": f"(Tensor x, Tensor update, int[] splits, {_GRID}) -> Tensor",
+    "sum_norm": f"(Tensor x, Tensor update, {_NORM}) -> Tensor",
+    "region_pool_norm": (
+        f"(Tensor x, Tensor rows, Tensor owner, {_NORM}, {_GRID}) -> (Tensor pooled, Tensor normed)"
+    ),
+    "region_unpool_norm": (
+        f"(Tensor first, Tensor second, Tensor owner, Tensor reference, {_NORM}, SymInt region,"
+        f" {_GRID}) -> (Tensor out, Tensor normed, Tensor means)"
+    ),
 }
 
 library = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901

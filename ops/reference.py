@@ -73,17 +73,32 @@ def region_lengths(
     return _region_rows(choice, splits, height, width)[1].sum((1, 2)) + extra
 
 
+def region_route(
+    logits: Tensor, splits: Sequence[int], height: int, width: int, extra: int
+) -> tuple[Tensor, Tensor]:
+    """Best candidate of every region [B, Hr, Wr] and queries of every image [B], int64."""
+    choice = logits.argmax(dim=-1)
+    return choice, _region_rows(choice, splits, height, width)[1].sum((1, 2)) + extra
+
+
 def region_plan(
-    choice: Tensor, splits: Sequence[int], height: int, width: int, extra: int, total: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [L, 4] (batch, y, x, step), lengths [B] and owner [B, N] of the packed layout."""
+    choice: Tensor,
+    splits: Sequence[int],
+    height: int,
+    width: int,
+    extra: int,
+    total: int,
+    padded: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows [L, 4] (batch, y, x, step), lengths [B], owner [B, N] and starts [B + 1] of a layout."""
     if choice.is_cpu:
         check_choice_range(choice, splits)
     batch, device, region = choice.shape[0], choice.device, max(splits)
     step, counts, columns = _region_rows(choice, splits, height, width)
     lengths = counts.sum((1, 2)) + extra
-    if choice.is_cpu:
+    if choice.is_cpu and not padded:
         check_total(lengths, total)
+    starts = F.pad(lengths.cumsum(0), (1, 0)).clamp(max=total).to(torch.int32)
 
     image_start = lengths.cumsum(0) - lengths
     flat = counts.flatten(1)
@@ -102,16 +117,25 @@ def region_plan(
     # The first token a row covers, in raster order, is the corner of its square.
     tokens = extra + height * width
     ids = torch.arange(batch * tokens, device=device)
-    first = ids.new_zeros(total).scatter_reduce_(
-        0, owner.flatten(), ids, "amin", include_self=False
-    )
+    if padded:  # Rows that no token has name the first token of the grid.
+        room = max(total, batch * tokens)
+        first = torch.full((room,), extra, device=device, dtype=ids.dtype)
+        first = first.scatter_reduce_(0, owner.flatten(), ids, "amin", include_self=False)[:total]
+        owner = owner.clamp(max=total - 1)
+    else:
+        first = ids.new_zeros(total).scatter_reduce_(
+            0, owner.flatten(), ids, "amin", include_self=False
+        )
     place = first % tokens if tokens else first
     cell = place - extra
     corner_y = torch.where(cell < 0, -1 - place, cell // width)
     corner_x = torch.where(cell < 0, 0, cell % width)
     all_steps = torch.cat([step.new_ones(batch, extra), token_step.flatten(1)], dim=1)
-    rows = torch.stack([first // tokens, corner_y, corner_x, all_steps.flatten()[first]], dim=1)
-    return rows, lengths, owner
+    steps = all_steps.flatten()[first]
+    if padded:
+        steps = torch.where(torch.arange(total, device=device) < starts[-1], steps, 1)
+    rows = torch.stack([first // tokens, corner_y, corner_x, steps], dim=1)
+    return rows, lengths, owner, starts
 
 
 def _row_counts(rows: Tensor, height: int, width: int) -> Tensor:
@@ -264,3 +288,49 @@ def region_gate_dot(
         parts.append(_squares(dot, region // step, region_rows, region_columns))
         start += rows * columns
     return torch.cat(parts, dim=-1).to(x.dtype)
+
+
+def sum_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm of x + update."""
+    return F.layer_norm(x + update, weight.shape, weight, bias, eps)
+
+
+def region_pool_norm(
+    x: Tensor,
+    rows: Tensor,
+    owner: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    height: int,
+    width: int,
+    extra: int,
+) -> tuple[Tensor, Tensor]:
+    """Mean of the tokens that every row covers [L, C], and its layer norm."""
+    pooled = region_pool(x, rows, owner, height, width, extra, True)
+    return pooled, F.layer_norm(pooled, weight.shape, weight, bias, eps)
+
+
+def region_unpool_norm(
+    first: Tensor,
+    second: Tensor,
+    owner: Tensor,
+    reference: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    region: int,
+    height: int,
+    width: int,
+    extra: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens plus both updates of their rows [B, N, C], its layer norm and its region means."""
+    dtype = _accumulator(reference.dtype)
+    update = first.to(dtype) + second.to(dtype)
+    out = update.index_select(0, owner.flatten()).view(reference.shape) + reference
+    out = out.to(reference.dtype)
+    rows, columns = -(-height // region), -(-width // region)
+    means = _squares(out[:, extra:].to(dtype).unflatten(1, (height, width)), region, rows, columns)
+    lines = _extents(height, region, rows, out.device)[:, None]
+    means = means / (lines * _extents(width, region, columns, out.device))[..., None]
+    return out, F.layer_norm(out, weight.shape, weight, bias, eps), means

@@ -36,15 +36,17 @@ class RowPlan(NamedTuple):
         owner: row covering each token; None for the dense variant, where every token has one row
             per split.
         grid: (height, width, extra tokens) of the images in tokens.
+        starts: first row of every image, then the number of rows; None for the dense variant.
 
     Shape:
-        rows [L, 4], lengths [B], owner [B, N], all int64.
+        rows [L, 4], lengths [B], owner [B, N], all int64; starts [B + 1] int32.
     """
 
     rows: Tensor
     lengths: Tensor
     owner: Tensor | None
     grid: tuple[int, int, int]
+    starts: Tensor | None = None
 
 
 _ops = torch.ops.patchreg
@@ -93,6 +95,38 @@ def row_lengths(
     return _ops.region_lengths(choice, splits, height, width, extra)
 
 
+def route(
+    logits: Tensor, splits: Sequence[int], height: int, width: int, extra: int
+) -> tuple[Tensor, Tensor]:
+    """Best candidate of every region and what it makes of each image, without waiting for the device.
+
+    Source: DGE, argmax of the router in evaluation; the lowest index on ties.
+
+    Args:
+        logits: score of every candidate in every region.
+        splits: queries per region side of each candidate, in the router's order.
+        height: grid height in tokens.
+        width: grid width in tokens.
+        extra: tokens in front of the grid.
+
+    Shape:
+        logits [B, Hr, Wr, S] -> choice [B, Hr, Wr] and queries per image [B], both int64.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together.
+    """
+    splits = _check_geometry(splits, height, width, extra)
+    _check_float("logits", logits, 4)
+    if logits.shape[1:] != (*region_grid(height, width, max(splits)), len(splits)):
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)}; a {height}x{width} grid and splits {splits} "
+            f"need [B, {', '.join(map(str, region_grid(height, width, max(splits))))}, "
+            f"{len(splits)}]. Pass one score per region and split."
+        )
+    _note(logits)
+    return _ops.region_route(logits, splits, height, width, extra)
+
+
 def row_plan(
     choice: Tensor,
     splits: Sequence[int],
@@ -100,6 +134,7 @@ def row_plan(
     width: int,
     extra: int,
     total: int | None = None,
+    padded: bool = False,
 ) -> RowPlan:
     """Packed rows of a choice: images in order, extra tokens first, then regions in raster order.
 
@@ -113,6 +148,10 @@ def row_plan(
         extra: tokens in front of the grid.
         total: number of rows L when known (the sum of `row_lengths`); the call then never waits for
             the device. None costs one wait on an accelerator.
+        padded: `total` is a capacity, so that shapes do not depend on the choice (for captured
+            graphs). Rows beyond the real ones are single tokens, the first of the grid. Where the
+            choice makes more rows than that, the surplus has none and its tokens are given the last
+            row: compare the sum of `lengths` with the capacity.
 
     Shape:
         choice [B, Hr, Wr] int64 -> rows [L, 4], lengths [B], owner [B, N].
@@ -127,21 +166,25 @@ def row_plan(
     """
     splits = _check_geometry(splits, height, width, extra)
     if total is None:
+        if padded:
+            raise ValueError("a padded plan needs total, the capacity in rows.")
         total = int(row_lengths(choice, splits, height, width, extra).sum())
     else:
         _check_choice(choice, splits, height, width)
         _note(choice)
         if torch.compiler.is_compiling():
             torch._check(total >= 0)
-        elif total < 0:
+        elif total < padded:
             raise ValueError(
                 f"total is {total}; expected the number of rows. Pass None to have it counted."
             )
-        if _debugs(choice):
+        if _debugs(choice) and not padded:
             lengths = row_lengths(choice, splits, height, width, extra)
             reference.check_total(lengths, total)
-    rows, lengths, owner = _ops.region_plan(choice, splits, height, width, extra, total)
-    return RowPlan(rows, lengths, owner, (height, width, extra))
+    rows, lengths, owner, starts = _ops.region_plan(
+        choice, splits, height, width, extra, total, padded
+    )
+    return RowPlan(rows, lengths, owner, (height, width, extra), starts)
 
 
 def dense_row_plan(
@@ -360,6 +403,21 @@ def _check_geometry(splits: Sequence[int], height: int, width: int, extra: int) 
     for split in splits:
         if isinstance(split, bool) or not isinstance(split, int):
             raise TypeError(f"splits holds {split!r}; expected Python ints such as (4, 2, 1).")
+    if splits not in _known_splits or torch.compiler.is_compiling():
+        _check_splits(splits)
+        _known_splits.add(splits)
+    if height < 1 or width < 1:
+        region_grid(height, width, max(splits))
+    if extra < 0:
+        _check_extra(extra)
+    return splits
+
+
+# Candidates that were found good: the check is dear beside a small launch.
+_known_splits: set[tuple[int, ...]] = set()
+
+
+def _check_splits(splits: tuple[int, ...]) -> None:
     if not 1 <= len(splits) <= MAX_SPLITS:
         raise ValueError(
             f"splits has {len(splits)} entries; expected 1..{MAX_SPLITS}. "
@@ -377,9 +435,6 @@ def _check_geometry(splits: Sequence[int], height: int, width: int, extra: int) 
             f"split {bad[0]} of splits {splits} does not divide the region side {max(splits)}; "
             "use divisors of the largest split."
         )
-    region_grid(height, width, max(splits))
-    _check_extra(extra)
-    return splits
 
 
 def _check_extra(extra: int) -> None:
@@ -485,7 +540,7 @@ def _grids(splits: Sequence[int], height: int, width: int) -> list[tuple[int, in
 
 # ---- registration: reference kernels, fake kernels, autograd ----
 
-for _name in _library.SCHEMAS:
+for _name in _library.SCHEMAS:  # Those of fused.py too.
     _library.library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
@@ -498,13 +553,28 @@ def _(choice: Tensor, splits: Sequence[int], height: int, width: int, extra: int
     return choice.new_empty(choice.shape[0])
 
 
+@_fake("region_route")
+def _(
+    logits: Tensor, splits: Sequence[int], height: int, width: int, extra: int
+) -> tuple[Tensor, Tensor]:
+    choice = logits.new_empty(logits.shape[:3], dtype=torch.int64)
+    return choice, choice.new_empty(choice.shape[0])
+
+
 @_fake("region_plan")
 def _(
-    choice: Tensor, splits: Sequence[int], height: int, width: int, extra: int, total: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    choice: Tensor,
+    splits: Sequence[int],
+    height: int,
+    width: int,
+    extra: int,
+    total: int,
+    padded: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch = choice.shape[0]
     owner = choice.new_empty(batch, extra + height * width)
-    return choice.new_empty(total, 4), choice.new_empty(batch), owner
+    starts = choice.new_empty(batch + 1, dtype=torch.int32)
+    return choice.new_empty(total, 4), choice.new_empty(batch), owner, starts
 
 
 @_fake("region_pool")

@@ -72,6 +72,17 @@ struct Splits {
   }
 };
 
+// Index of the largest score, the lowest one on ties; NaN counts as largest, as in argmax.
+template <typename T>
+PATCHREG_HD int32_t best_score(const T* scores, int32_t count) {
+  int32_t best = 0;
+  for (int32_t k = 1; k < count; ++k) {
+    const bool nan = scores[k] != scores[k], best_nan = scores[best] != scores[best];
+    if (!best_nan && (nan || scores[k] > scores[best])) best = k;
+  }
+  return best;
+}
+
 // What one row of the dense variant covers; `split` is -1 for extra tokens.
 struct DenseRow {
   Square square;
@@ -149,6 +160,20 @@ inline void check_choice(const at::Tensor& choice, const Splits& splits) {
                         choice.size(2) == splits.region_columns,
                     "expected choice [B, ", splits.region_rows, ", ", splits.region_columns,
                     "], got ", choice.sizes());
+}
+
+inline void check_logits(const at::Tensor& logits, const Splits& splits) {
+  TORCH_CHECK_VALUE(logits.dim() == 4 && logits.size(1) == splits.region_rows &&
+                        logits.size(2) == splits.region_columns && logits.size(3) == splits.count,
+                    "expected logits [B, ", splits.region_rows, ", ", splits.region_columns, ", ",
+                    splits.count, "], got ", logits.sizes());
+}
+
+// Row numbers are kept as 32-bit offsets for attention kernels.
+inline void check_rows(int64_t total, int64_t tokens) {
+  TORCH_CHECK_VALUE(total >= 0, "total is ", total, "; expected the number of rows");
+  TORCH_CHECK_VALUE(total <= INT32_MAX && tokens <= INT32_MAX, "a batch of ", tokens,
+                    " tokens is too large for one plan; use smaller batches");
 }
 
 inline void check_plan(const at::Tensor& rows, const at::Tensor& owner, const Grid& grid,

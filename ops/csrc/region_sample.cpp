@@ -1,291 +1,15 @@
 // Region sampling on the CPU. One task handles whole rows; sums run in float32 for half precision.
-#include "common.h"
+#include "cpu_rows.h"
 
-#include <algorithm>
-#include <cstring>
-#include <type_traits>
+#include <sstream>
 #include <vector>
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define PATCHREG_X86
-#include <immintrin.h>
-#endif
-
-// One source, several instruction sets: the loader picks the widest one this processor has.
-#if defined(PATCHREG_X86) && defined(__linux__) && !defined(__clang__)
-#define PATCHREG_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define PATCHREG_CLONES
-#endif
-#if defined(__GNUC__)
-#define PATCHREG_INLINE inline __attribute__((always_inline))
-#else
-#define PATCHREG_INLINE inline
-#endif
-
 namespace patchreg {
 namespace {
-
-using at::Tensor;
-using c10::BFloat16;
-using c10::Half;
-
-constexpr int64_t kChunk = 512;  // channels summed at once, so that the sums stay in the L1 cache
-constexpr int64_t kLanes = 16;
-constexpr int64_t kLead = 64 << 10;  // bytes that reading runs ahead: about one line of regions
-constexpr int64_t kLarge = 8 << 20;  // an output this large has left the cache when it is read
-
-template <typename T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// ---- vector loops over the channels of a row ----
-
-template <int kTokens, typename T>
-PATCHREG_INLINE void add_group(Sum<T>* sum, const T* source, int64_t stride, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    Sum<T> value = sum[i];
-    for (int k = 0; k < kTokens; ++k) value += static_cast<Sum<T>>(source[k * stride + i]);
-    sum[i] = value;
-  }
-}
-
-template <typename T>
-PATCHREG_INLINE void add_line(Sum<T>* sum, const T* source, int64_t tokens, int64_t stride,
-                              int64_t n) {
-  for (; tokens >= 4; tokens -= 4, source += 4 * stride) add_group<4, T>(sum, source, stride, n);
-  for (; tokens >= 2; tokens -= 2, source += 2 * stride) add_group<2, T>(sum, source, stride, n);
-  if (tokens == 1) add_group<1, T>(sum, source, stride, n);
-}
-
-template <typename T>
-PATCHREG_INLINE void store(T* out, const Sum<T>* sum, Sum<T> scale, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(sum[i] * scale);
-}
-
-template <typename T>
-PATCHREG_INLINE void add_scaled(Sum<T>* sum, const T* source, Sum<T> scale, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<Sum<T>>(source[i]) * scale;
-}
-
-template <typename T>
-PATCHREG_INLINE void add_two(T* out, const T* a, const T* b, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = static_cast<T>(static_cast<Sum<T>>(a[i]) + static_cast<Sum<T>>(b[i]));
-  }
-}
-
-template <typename T>
-PATCHREG_INLINE Sum<T> dot(const Sum<T>* a, const T* b, int64_t n) {
-  Sum<T> lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += a[i + j] * static_cast<Sum<T>>(b[i + j]);
-  }
-  for (int64_t j = 0; i < n; ++i, ++j) lanes[j] += a[i] * static_cast<Sum<T>>(b[i]);
-  Sum<T> total = 0;
-  for (const Sum<T> lane : lanes) total += lane;
-  return total;
-}
-
-// target_clones takes no templates, so every type gets its own set of functions.
-#define PATCHREG_LOOPS(T)                                                                         \
-  PATCHREG_CLONES void line_sum(Sum<T>* sum, const T* source, int64_t tokens, int64_t stride,     \
-                                int64_t n) {                                                      \
-    add_line<T>(sum, source, tokens, stride, n);                                                  \
-  }                                                                                               \
-  PATCHREG_CLONES void scale_into(T* out, const Sum<T>* sum, Sum<T> scale, int64_t n) {           \
-    store<T>(out, sum, scale, n);                                                                 \
-  }                                                                                               \
-  PATCHREG_CLONES void scaled_sum(Sum<T>* sum, const T* source, Sum<T> scale, int64_t n) {        \
-    add_scaled<T>(sum, source, scale, n);                                                         \
-  }                                                                                               \
-  PATCHREG_CLONES void sum_of_two(T* out, const T* a, const T* b, int64_t n) {                    \
-    add_two<T>(out, a, b, n);                                                                     \
-  }                                                                                               \
-  PATCHREG_CLONES Sum<T> dot_of(const Sum<T>* a, const T* b, int64_t n) { return dot<T>(a, b, n); }
-
-PATCHREG_LOOPS(float)
-PATCHREG_LOOPS(double)
-PATCHREG_LOOPS(BFloat16)
-#undef PATCHREG_LOOPS
-
-// Compilers do not vectorise the float16 conversions, so those go through float32 in bulk.
-#if defined(PATCHREG_X86)
-const bool kHasF16c = __builtin_cpu_supports("f16c");
-
-__attribute__((target("avx,f16c"))) int64_t widen_f16c(float* out, const Half* in, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(bits));
-  }
-  return i;
-}
-
-__attribute__((target("avx,f16c"))) int64_t narrow_f16c(Half* out, const float* in, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i bits = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), bits);
-  }
-  return i;
-}
-#else
-constexpr bool kHasF16c = false;
-int64_t widen_f16c(float*, const Half*, int64_t) { return 0; }
-int64_t narrow_f16c(Half*, const float*, int64_t) { return 0; }
-#endif
-
-void widen(float* out, const Half* in, int64_t n) {
-  for (int64_t i = kHasF16c ? widen_f16c(out, in, n) : 0; i < n; ++i) out[i] = in[i];
-}
-
-void narrow(Half* out, const float* in, int64_t n) {
-  for (int64_t i = kHasF16c ? narrow_f16c(out, in, n) : 0; i < n; ++i) out[i] = in[i];
-}
-
-void line_sum(float* sum, const Half* source, int64_t tokens, int64_t stride, int64_t n) {
-  float wide[kChunk];
-  for (int64_t k = 0; k < tokens; ++k) {
-    widen(wide, source + k * stride, n);
-    line_sum(sum, wide, 1, 0, n);
-  }
-}
-
-void scale_into(Half* out, const float* sum, float scale, int64_t n) {
-  float wide[kChunk];
-  scale_into(wide, sum, scale, n);
-  narrow(out, wide, n);
-}
-
-void scaled_sum(float* sum, const Half* source, float scale, int64_t n) {
-  float wide[kChunk];
-  widen(wide, source, n);
-  scaled_sum(sum, wide, scale, n);
-}
-
-void sum_of_two(Half* out, const Half* a, const Half* b, int64_t n) {
-  float left[kChunk], right[kChunk];
-  for (int64_t from = 0; from < n; from += kChunk) {
-    const int64_t count = std::min(kChunk, n - from);
-    widen(left, a + from, count);
-    widen(right, b + from, count);
-    sum_of_two(left, left, right, count);
-    narrow(out + from, left, count);
-  }
-}
-
-float dot_of(const float* a, const Half* b, int64_t n) {
-  float wide[kChunk];
-  widen(wide, b, n);
-  return dot_of(a, wide, n);
-}
-
-// ---- rows ----
-
-template <typename T>
-void square_sum(Sum<T>* sum, const T* image, const Square& square, int64_t width, int64_t channels,
-                int64_t from, int64_t n) {
-  std::fill(sum, sum + n, Sum<T>(0));
-  const T* line = image + square.token * channels + from;
-  for (int32_t i = 0; i < square.lines; ++i, line += width * channels) {
-    line_sum(sum, line, square.columns, channels, n);
-  }
-}
-
-// Rows hop between the lines of an image; this asks for the image in the order of memory instead.
-struct ReadAhead {
-  const char* next;
-  const char* end;
-
-  void advance(int64_t bytes) {
-#if defined(__GNUC__)
-    for (const char* to = std::min(next + bytes, end); next < to; next += 64) {
-      __builtin_prefetch(next);
-    }
-#endif
-  }
-};
-
-// Writes whole cache lines without reading them first.
-void stream(void* out, const void* in, int64_t bytes) {
-#if defined(PATCHREG_X86)
-  auto* to = static_cast<__m128i*>(out);
-  const auto* from = static_cast<const __m128i*>(in);
-  for (int64_t i = 0; i < bytes / 16; i += 4) {
-    const __m128i a = _mm_loadu_si128(from + i), b = _mm_loadu_si128(from + i + 1);
-    const __m128i c = _mm_loadu_si128(from + i + 2), d = _mm_loadu_si128(from + i + 3);
-    _mm_stream_si128(to + i, a), _mm_stream_si128(to + i + 1, b);
-    _mm_stream_si128(to + i + 2, c), _mm_stream_si128(to + i + 3, d);
-  }
-#else
-  std::memcpy(out, in, bytes);
-#endif
-}
-
-void finish_stream() {
-#if defined(PATCHREG_X86)
-  _mm_sfence();
-#endif
-}
-
-bool may_stream(const Tensor& out, int64_t row_bytes) {
-  return static_cast<int64_t>(out.nbytes()) >= kLarge && row_bytes % 64 == 0 &&
-         reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
-}
-
-template <typename T>
-void pool_row(T* out, const T* image, const Square& square, int64_t width, int64_t channels,
-              Sum<T> scale, bool streaming) {
-  if (square.count() == 1 && scale == Sum<T>(1)) {
-    const T* token = image + square.token * channels;
-    const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
-    streaming ? stream(out, token, bytes) : static_cast<void>(std::memcpy(out, token, bytes));
-    return;
-  }
-  Sum<T> sum[kChunk];
-  T row[kChunk];
-  for (int64_t from = 0; from < channels; from += kChunk) {
-    const int64_t n = std::min(kChunk, channels - from);
-    square_sum(sum, image, square, width, channels, from, n);
-    scale_into(streaming ? row : out + from, sum, scale, n);
-    if (streaming) stream(out + from, row, n * sizeof(T));
-  }
-}
-
-template <typename T>
-void copy_row(T* out, const T* update, const T* reference, int64_t channels) {
-  if (reference != nullptr) {
-    sum_of_two(out, update, reference, channels);
-  } else {
-    std::memcpy(out, update, channels * sizeof(T));
-  }
-}
-
-int64_t rows_per_task(int64_t channels) { return std::max<int64_t>(1, 32768 / (channels + 1)); }
-
-template <typename T>
-const T* pointer(const Tensor& tensor) {
-  return tensor.const_data_ptr<T>();
-}
-
-template <typename T>
-const T* pointer(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
-}
-
-std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? std::optional<Tensor>(tensor->contiguous()) : std::nullopt;
-}
-
-#define PATCHREG_DISPATCH(TENSOR, NAME, ...)                                              \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (TENSOR).scalar_type(), NAME, \
-                                  __VA_ARGS__)
 
 // ---- row plan ----
 
@@ -322,19 +46,55 @@ Tensor region_lengths(const Tensor& choice_in, at::IntArrayRef split_values, int
   return lengths;
 }
 
-std::tuple<Tensor, Tensor, Tensor> region_plan(const Tensor& choice_in,
-                                               at::IntArrayRef split_values, int64_t height,
-                                               int64_t width, int64_t extra, int64_t total) {
+std::tuple<Tensor, Tensor> region_route(const Tensor& logits_in, at::IntArrayRef split_values,
+                                        int64_t height, int64_t width, int64_t extra) {
+  const Grid grid = make_grid(height, width, extra);
+  const Splits splits = make_splits(split_values, grid);
+  check_logits(logits_in, splits);
+  const Tensor logits = logits_in.contiguous();
+  const int64_t batch = logits.size(0), regions = splits.regions();
+  const auto options = logits.options().dtype(at::kLong);
+  Tensor choice = at::empty({batch, splits.region_rows, splits.region_columns}, options);
+  Tensor lengths = at::empty({batch}, options);
+  int64_t* chosen = choice.mutable_data_ptr<int64_t>();
+  int64_t* length = lengths.mutable_data_ptr<int64_t>();
+  PATCHREG_DISPATCH(logits, "region_route", [&] {
+    const scalar_t* scores = pointer<scalar_t>(logits);
+    for (int64_t b = 0; b < batch; ++b) {
+      length[b] = extra;
+      for (int64_t i = 0; i < regions; ++i) {
+        const int64_t index = b * regions + i;
+        chosen[index] = best_score(scores + index * splits.count, splits.count);
+        length[b] += region_at(grid, splits, static_cast<int32_t>(i), chosen[index]).count();
+      }
+    }
+  });
+  return {choice, lengths};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> region_plan(const Tensor& choice_in,
+                                                       at::IntArrayRef split_values,
+                                                       int64_t height, int64_t width,
+                                                       int64_t extra, int64_t total,
+                                                       bool padded) {
   const Tensor lengths = region_lengths(choice_in, split_values, height, width, extra);
   const Grid grid = make_grid(height, width, extra);
   const Splits splits = make_splits(split_values, grid);
   const Tensor choice = choice_in.contiguous();
   const int64_t batch = choice.size(0), regions = splits.regions();
+  check_rows(total, batch * grid.tokens());
   const int64_t* length = pointer<int64_t>(lengths);
+  Tensor starts = at::empty({batch + 1}, choice.options().dtype(at::kInt));
+  int32_t* first = starts.mutable_data_ptr<int32_t>();
   std::vector<int64_t> start(batch + 1, 0);
-  for (int64_t b = 0; b < batch; ++b) start[b + 1] = start[b] + length[b];
-  TORCH_CHECK_VALUE(start[batch] == total, "total is ", total, ", but the choice makes ",
-                    start[batch], " rows. Pass total=None or the sum of row_lengths().");
+  first[0] = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    start[b + 1] = start[b] + length[b];
+    first[b + 1] = static_cast<int32_t>(std::min(start[b + 1], total));
+  }
+  TORCH_CHECK_VALUE(padded || start[batch] == total, "total is ", total,
+                    ", but the choice makes ", start[batch],
+                    " rows. Pass total=None or the sum of row_lengths().");
 
   Tensor rows = at::empty({total, 4}, choice.options());
   Tensor owner = at::empty({batch, grid.tokens()}, choice.options());
@@ -346,12 +106,15 @@ std::tuple<Tensor, Tensor, Tensor> region_plan(const Tensor& choice_in,
       int64_t row = start[b];
       int64_t* covers = owner_out + b * grid.tokens();
       const auto add = [&](int64_t y, int64_t x, int64_t step) {
-        int64_t* place = row_out + 4 * row;
-        place[0] = b, place[1] = y, place[2] = x, place[3] = step;
+        if (row < total) {
+          int64_t* place = row_out + 4 * row;
+          place[0] = b, place[1] = y, place[2] = x, place[3] = step;
+        }
         const Square square = square_at(grid, static_cast<int32_t>(y), static_cast<int32_t>(x),
                                         static_cast<int32_t>(step));
+        const int64_t held = std::min(row, total - 1);  // Only less in a padded plan.
         for (int64_t i = 0; i < square.lines; ++i) {
-          std::fill_n(covers + square.token + i * width, square.columns, row);
+          std::fill_n(covers + square.token + i * width, square.columns, held);
         }
         ++row;
       };
@@ -367,7 +130,11 @@ std::tuple<Tensor, Tensor, Tensor> region_plan(const Tensor& choice_in,
       }
     }
   });
-  return {rows, lengths, owner};
+  for (int64_t row = start[batch]; row < total; ++row) {  // Padding names a token that exists.
+    int64_t* place = row_out + 4 * row;
+    place[0] = 0, place[1] = 0, place[2] = 0, place[3] = 1;
+  }
+  return {rows, lengths, owner, starts};
 }
 
 // ---- packed rows ----
@@ -617,6 +384,7 @@ Tensor region_gate_dot(const Tensor& x_in, const Tensor& update_in, at::IntArray
 
 TORCH_LIBRARY_IMPL(patchreg, CPU, m) {
   m.impl("region_lengths", &region_lengths);
+  m.impl("region_route", &region_route);
   m.impl("region_plan", &region_plan);
   m.impl("region_pool", &region_pool);
   m.impl("region_pool_out", &region_pool_out);

@@ -1,77 +1,17 @@
 // Region sampling on CUDA devices. Every output element is gathered by one thread in a fixed order: no
 // atomics, no host sync, nothing but launches on the current stream (so graphs may capture it).
-#include "common.h"
+#include "cuda_rows.cuh"
 
-#include <algorithm>
-#include <type_traits>
 #include <vector>
 
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <c10/macros/Macros.h>
 #include <torch/library.h>
 
 namespace patchreg {
 namespace {
-
-using at::Tensor;
-
-constexpr int kThreads = 256;  // per block, a power of two
-
-template <typename T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// `kWidth` neighbouring channels of one row, loaded and stored at once.
-template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {
-  T value[kWidth];
-};
-
-template <typename T, int kWidth>
-__device__ __forceinline__ void add(Sum<T> (&sum)[kWidth], const Pack<T, kWidth>& pack,
-                                    Sum<T> scale) {
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) sum[i] += static_cast<Sum<T>>(pack.value[i]) * scale;
-}
-
-template <typename T, int kWidth>
-__device__ __forceinline__ Pack<T, kWidth> rounded(const Sum<T> (&sum)[kWidth], Sum<T> scale) {
-  Pack<T, kWidth> pack;
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) pack.value[i] = static_cast<T>(sum[i] * scale);
-  return pack;
-}
-
-template <typename T, int kWidth>
-__device__ __forceinline__ void add_square(Sum<T> (&sum)[kWidth], const Pack<T, kWidth>* image,
-                                           const Square& square, int32_t width, int32_t packs,
-                                           int32_t pack) {
-  for (int32_t line = 0; line < square.lines; ++line) {
-    const Pack<T, kWidth>* token =
-        image + static_cast<int64_t>(square.token + line * width) * packs + pack;
-#pragma unroll 4
-    for (int32_t column = 0; column < square.columns; ++column) {
-      add<T, kWidth>(sum, token[static_cast<int64_t>(column) * packs], Sum<T>(1));
-    }
-  }
-}
-
-// Sum over the block in a fixed order; every thread gets the result.
-template <typename V>
-__device__ V block_sum(V value, V* shared) {
-  const int thread = threadIdx.x + threadIdx.y * blockDim.x;
-  __syncthreads();
-  shared[thread] = value;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (thread < half) shared[thread] += shared[thread + half];
-  }
-  __syncthreads();
-  return shared[0];
-}
 
 // ---- row plan: one block per image ----
 
@@ -96,8 +36,31 @@ __device__ void write_row(int64_t* rows, int64_t row, int64_t total, int64_t ima
   rows[4 * row + 3] = step;
 }
 
+template <typename T>
+__global__ void route_kernel(const T* logits, Grid grid, Splits splits, int64_t* choice,
+                             int64_t* lengths) {
+  __shared__ int64_t shared[kThreads];
+  const int64_t image = blockIdx.x;
+  const int32_t regions = splits.regions();
+  int64_t count = 0;
+  for (int32_t i = threadIdx.x; i < regions; i += kThreads) {
+    const int64_t index = image * regions + i;
+    const int32_t best = best_score(logits + index * splits.count, splits.count);
+    choice[index] = best;
+    count += region_at(grid, splits, i, best).count();
+  }
+  count = block_sum(count, shared);
+  if (threadIdx.x == 0) lengths[image] = grid.extra + count;
+}
+
+// In a padded plan whose total is too small, tokens of rows that do not exist are given the last one.
+__device__ __forceinline__ int64_t held_row(int64_t row, int64_t total, bool padded) {
+  return padded && row >= total ? total - 1 : row;
+}
+
 __global__ void plan_kernel(const int64_t* choice, const int64_t* lengths, Grid grid, Splits splits,
-                            int64_t total, int64_t* rows, int64_t* owner) {
+                            int64_t total, bool padded, int64_t* rows, int64_t* owner,
+                            int32_t* image_starts) {
   __shared__ int64_t shared[kThreads];
   __shared__ int64_t starts[kThreads];
   const int64_t image = blockIdx.x;
@@ -107,11 +70,12 @@ __global__ void plan_kernel(const int64_t* choice, const int64_t* lengths, Grid 
   int64_t before = 0;
   for (int64_t b = thread; b < image; b += kThreads) before += lengths[b];
   int64_t start = block_sum(before, shared);
+  if (image == 0 && thread == 0) image_starts[0] = 0;
 
   owner += image * grid.tokens();
   choice += image * regions;
   for (int32_t t = thread; t < grid.extra; t += kThreads) {
-    owner[t] = start + t;
+    owner[t] = held_row(start + t, total, padded);
     write_row(rows, start + t, total, image, -1 - t, 0, 1);
   }
   start += grid.extra;
@@ -140,12 +104,13 @@ __global__ void plan_kernel(const int64_t* choice, const int64_t* lengths, Grid 
       if (y >= grid.height || x >= grid.width) continue;
       const int32_t line = within / side / region.step, column = within % side / region.step;
       const int64_t row = starts[local] + line * region.columns + column;
-      owner[grid.extra + y * grid.width + x] = row;
+      owner[grid.extra + y * grid.width + x] = held_row(row, total, padded);
       if (within / side % region.step == 0 && within % side % region.step == 0) {
         write_row(rows, row, total, image, y, x, region.step);
       }
     }
   }
+  if (thread == 0) image_starts[image + 1] = static_cast<int32_t>(start < total ? start : total);
   // Rows beyond the real ones (a total that is too large) name a token that exists.
   if (image == gridDim.x - 1) {
     for (int64_t row = start + thread; row < total; row += kThreads) {
@@ -294,70 +259,7 @@ __global__ void gate_dot_kernel(const Pack<T, kWidth>* x, const Pack<T, kWidth>*
   }
 }
 
-// ---- launches ----
-
-template <typename T>
-const T* pointer(const Tensor& tensor) {
-  return tensor.const_data_ptr<T>();
-}
-
-template <typename T>
-const T* pointer(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
-}
-
-std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? std::optional<Tensor>(tensor->contiguous()) : std::nullopt;
-}
-
-// Blocks of kThreads (or fewer) threads: channels along x, rows along y.
-struct Launch {
-  dim3 block;
-  int64_t blocks;
-  cudaStream_t stream;
-};
-
-Launch launch_rows(int64_t rows, int64_t packs) {
-  const int64_t across = std::clamp<int64_t>(packs, 1, kThreads);
-  const int64_t down = std::max<int64_t>(1, kThreads / across);
-  const int64_t blocks = (rows + down - 1) / down;
-  TORCH_CHECK_VALUE(blocks <= INT32_MAX, "the batch has too many rows for one launch: ", rows);
-  return {dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), blocks,
-          c10::cuda::getCurrentCUDAStream()};
-}
-
-bool fits_packs(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
-
-// Calls `body(T{}, width)` with 16-byte packs where channels and addresses allow, else single values.
-template <typename T, typename Body>
-void with_width(int64_t channels, std::initializer_list<const void*> addresses, Body&& body) {
-  constexpr int kWidth = 16 / sizeof(T);
-  TORCH_CHECK_VALUE(channels <= INT32_MAX, "too many channels: ", channels);
-  if (channels % kWidth == 0 && std::all_of(addresses.begin(), addresses.end(), fits_packs)) {
-    body(std::integral_constant<int, kWidth>{});
-  } else {
-    body(std::integral_constant<int, 1>{});
-  }
-}
-
-template <typename T, int kWidth>
-const Pack<T, kWidth>* packs_of(const T* values) {
-  return reinterpret_cast<const Pack<T, kWidth>*>(values);
-}
-
-template <typename T, int kWidth>
-Pack<T, kWidth>* packs_of(T* values) {
-  return reinterpret_cast<Pack<T, kWidth>*>(values);
-}
-
-#define PATCHREG_DISPATCH(TENSOR, NAME, ...)                                                     \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (TENSOR).scalar_type(), NAME,        \
-                                  __VA_ARGS__)
-
-unsigned image_blocks(int64_t count) {
-  TORCH_CHECK_VALUE(count <= INT32_MAX, "too many blocks for one launch: ", count);
-  return static_cast<unsigned>(count);
-}
+// ---- operators ----
 
 Tensor region_lengths(const Tensor& choice_in, at::IntArrayRef split_values, int64_t height,
                       int64_t width, int64_t extra) {
@@ -375,24 +277,52 @@ Tensor region_lengths(const Tensor& choice_in, at::IntArrayRef split_values, int
   return lengths;
 }
 
-std::tuple<Tensor, Tensor, Tensor> region_plan(const Tensor& choice_in,
-                                               at::IntArrayRef split_values, int64_t height,
-                                               int64_t width, int64_t extra, int64_t total) {
+std::tuple<Tensor, Tensor> region_route(const Tensor& logits_in, at::IntArrayRef split_values,
+                                        int64_t height, int64_t width, int64_t extra) {
+  const c10::cuda::CUDAGuard guard(logits_in.device());
+  const Grid grid = make_grid(height, width, extra);
+  const Splits splits = make_splits(split_values, grid);
+  check_logits(logits_in, splits);
+  const Tensor logits = logits_in.contiguous();
+  const int64_t batch = logits.size(0);
+  const auto options = logits.options().dtype(at::kLong);
+  Tensor choice = at::empty({batch, splits.region_rows, splits.region_columns}, options);
+  Tensor lengths = at::empty({batch}, options);
+  if (batch == 0) return {choice, lengths};
+  PATCHREG_DISPATCH(logits, "region_route", [&] {
+    route_kernel<scalar_t>
+        <<<image_blocks(batch), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+            pointer<scalar_t>(logits), grid, splits, choice.mutable_data_ptr<int64_t>(),
+            lengths.mutable_data_ptr<int64_t>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {choice, lengths};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> region_plan(const Tensor& choice_in,
+                                                       at::IntArrayRef split_values,
+                                                       int64_t height, int64_t width,
+                                                       int64_t extra, int64_t total,
+                                                       bool padded) {
   const c10::cuda::CUDAGuard guard(choice_in.device());
   const Tensor lengths = region_lengths(choice_in, split_values, height, width, extra);
   const Grid grid = make_grid(height, width, extra);
   const Splits splits = make_splits(split_values, grid);
   const Tensor choice = choice_in.contiguous();
   const int64_t batch = choice.size(0);
+  check_rows(total, batch * grid.tokens());
   Tensor rows = at::empty({total, 4}, choice.options());
   Tensor owner = at::empty({batch, grid.tokens()}, choice.options());
+  Tensor starts = batch > 0 ? at::empty({batch + 1}, choice.options().dtype(at::kInt))
+                            : at::zeros({1}, choice.options().dtype(at::kInt));
   if (batch > 0) {
     plan_kernel<<<image_blocks(batch), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        pointer<int64_t>(choice), pointer<int64_t>(lengths), grid, splits, total,
-        rows.mutable_data_ptr<int64_t>(), owner.mutable_data_ptr<int64_t>());
+        pointer<int64_t>(choice), pointer<int64_t>(lengths), grid, splits, total, padded,
+        rows.mutable_data_ptr<int64_t>(), owner.mutable_data_ptr<int64_t>(),
+        starts.mutable_data_ptr<int32_t>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return {rows, lengths, owner};
+  return {rows, lengths, owner, starts};
 }
 
 void region_pool_out(const Tensor& x_in, const Tensor& rows_in, const Tensor& owner, int64_t height,
@@ -568,6 +498,7 @@ Tensor region_gate_dot(const Tensor& x_in, const Tensor& update_in, at::IntArray
 
 TORCH_LIBRARY_IMPL(patchreg, CUDA, m) {
   m.impl("region_lengths", &region_lengths);
+  m.impl("region_route", &region_route);
   m.impl("region_plan", &region_plan);
   m.impl("region_pool", &region_pool);
   m.impl("region_pool_out", &region_pool_out);

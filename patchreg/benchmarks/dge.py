@@ -6,6 +6,7 @@ of the dense twin); 1 means that saved MACs are saved time.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from patchreg.benchmarks import figure, interleave
 from patchreg.benchmarks._tome import TokenMerging, merged_macs, merges_for
+from patchreg.methods.dge.graph import DGEGraphRunner
 from patchreg.registry import MODELS
 
 SIDE, GRID = 256, (16, 16)
@@ -24,6 +26,7 @@ CASES = {
     "cpu": ((8, torch.float32, 15, 0.95), (1, torch.float32, 60, 0.88)),
     "cuda": ((256, torch.bfloat16, 15, 0.75),),
 }
+GRAPH = (32, torch.bfloat16, 60, 1.2)  # the last: least speed-up over the dense twin
 TRAIN = {"cpu": (4, torch.float32, 5, 0.60), "cuda": (256, torch.bfloat16, 9, 0.60)}
 TOME_GOAL = 0.93
 
@@ -96,15 +99,20 @@ def run(device: str) -> list[dict[str, Any]]:
         device: `cpu` (one thread, CPU time) or `cuda` (wall clock).
 
     Returns:
-        Figures of `patchreg.benchmarks`; the time of DGE is the best of all rounds.
+        Figures of `patchreg.benchmarks`, medians of all rounds, and those of `roofline`.
     """
+    from patchreg.benchmarks import roofline  # It builds on this module.
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         found = []
         for case in CASES[device]:
             found += forward_figures(device, *case)
-        return found + training_figures(device, *TRAIN[device])
+        if device == "cuda":
+            found += graph_figures(*GRAPH)
+        found += training_figures(device, *TRAIN[device])
+        return found + roofline.run(device)
     finally:
         torch.set_num_threads(threads)
 
@@ -138,12 +146,14 @@ def forward_figures(
     calls = [lambda: dense(images), lambda: sparse(images)]
     tome = TokenMerging(dense, merges)
     calls.append(lambda: tome(images))
-    twin, own, other = _best(calls, rounds, device)
+    dense_times, own_times, tome_times = _times(calls, rounds, device)
+    twin, own, other = map(statistics.median, (dense_times, own_times, tome_times))
     name = f"B={batch} {str(dtype).split('.')[1]}"
-    efficiency = twin / own * macs / full
-    theirs = twin / other * merged / full
+    share = _ratio(own_times, dense_times)
+    efficiency = macs / full / share
+    theirs = merged / full / _ratio(tome_times, dense_times)
     return [
-        figure(f"{name}: forward, DGE against dense", 1e3 * own, "ms", 1e3 * twin, own / twin),
+        figure(f"{name}: forward, DGE against dense", 1e3 * own, "ms", 1e3 * twin, share),
         figure(f"{name}: mean queries of 257 tokens", float(queries), ""),
         figure(f"{name}: GMACs, DGE against dense", macs / 1e9, "G", full / 1e9, macs / full),
         figure(f"{name}: efficiency of DGE", efficiency, "", None, efficiency, goal, at_most=False),
@@ -154,11 +164,65 @@ def forward_figures(
             1e3 * other,
             "ms",
             1e3 * own,
-            other / own,
+            _ratio(tome_times, own_times),
             1.0,
             at_most=False,
         ),
     ]
+
+
+@torch.no_grad()
+def graph_figures(batch: int, dtype: torch.dtype, rounds: int, goal: float) -> list[dict[str, Any]]:
+    """Measure evaluation from captured graphs, of DGE and of its dense twin, on a GPU.
+
+    Args:
+        batch: Images.
+        dtype: Type of weights and images.
+        rounds: Rounds.
+        goal: Least speed-up over the dense twin.
+    """
+    dense = build("VisionTransformerBackbone").to("cuda", dtype).eval()
+    sparse = build("DGEVisionTransformerBackbone", skip_last_queries=True).to("cuda", dtype).eval()
+    seed_gates(sparse, batch)
+    images = torch.randn(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    images = images.to("cuda", dtype)
+    runner = DGEGraphRunner(sparse)
+    runner(images)
+    replay = _captured(lambda: dense(images).tokens)
+    calls = [lambda: dense(images), replay, lambda: sparse(images), lambda: runner(images)]
+    times = _times(calls, rounds, "cuda")
+    own = 1e3 * statistics.median(times[3])
+    name = f"B={batch} {str(dtype).split('.')[1]}, captured graph"
+    found = []
+    for text, other, bound in (
+        ("eager dense twin", times[0], goal),
+        ("captured dense twin", times[1], goal),
+        ("eager DGE", times[2], None),
+    ):
+        speed = _ratio(other, times[3])
+        base = 1e3 * statistics.median(other)
+        metric = f"{name}: {text} against DGE"
+        found.append(figure(metric, base, "ms", own, speed, bound, at_most=False))
+    return found
+
+
+def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same work from a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return held.clone()
+
+    return replay
 
 
 def training_figures(
@@ -188,23 +252,28 @@ def training_figures(
         (features.tokens[:, 0].float().square().mean() + cost).backward()
         optimizer.step()
 
-    everything, chosen = _best([lambda: step(False), lambda: step(True)], rounds, device)
+    every_time, chosen_times = _times([lambda: step(False), lambda: step(True)], rounds, device)
     return [
         figure(
             f"B={batch} {str(dtype).split('.')[1]}: training step, chosen against all candidates",
-            1e3 * chosen,
+            1e3 * statistics.median(chosen_times),
             "ms",
-            1e3 * everything,
-            chosen / everything,
+            1e3 * statistics.median(every_time),
+            _ratio(chosen_times, every_time),
             goal,
         )
     ]
 
 
-def _best(calls: list[Callable[[], Any]], rounds: int, device: str) -> list[float]:
-    """Best seconds of each call; on a GPU each ends with all work done."""
+def _ratio(left: list[float], right: list[float]) -> float:
+    """Median over the rounds of left / right: what disturbs a round disturbs both."""
+    return statistics.median(a / b for a, b in zip(left, right, strict=True))
+
+
+def _times(calls: list[Callable[[], Any]], rounds: int, device: str) -> list[list[float]]:
+    """Seconds of each call in every round; on a GPU each ends with all work done."""
     if device == "cpu":
-        return [min(times) for times in interleave(calls, rounds)]
+        return interleave(calls, rounds)
 
     def finished(call: Callable[[], Any]) -> Callable[[], None]:
         def run_and_wait() -> None:
@@ -213,5 +282,4 @@ def _best(calls: list[Callable[[], Any]], rounds: int, device: str) -> list[floa
 
         return run_and_wait
 
-    waiting = [finished(call) for call in calls]
-    return [min(times) for times in interleave(waiting, rounds, time.perf_counter)]
+    return interleave([finished(call) for call in calls], rounds, time.perf_counter)

@@ -9,16 +9,18 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from torch import Tensor
 
-from patchreg.registry import MODELS
+from patchreg.registry import HOOKS, MODELS
 from patchreg.runner.build import EngineRunner, config_errors, load_config, resolve_checkpoint
 from patchreg.runner.checkpoint import load_parts, load_state
 from patchreg.utils.errors import ConfigError
@@ -70,8 +72,27 @@ class Row:
     same_predictions: int | None = None
 
 
+class _Evaluation:
+    """As much of a runner as hooks need to prepare a model for evaluation."""
+
+    def __init__(self, config: Config, model: Any) -> None:
+        self.cfg = config
+        self.model = model
+        self.seed = 0
+        self.logger = MMLogger.get_current_instance()
+        self.build_dataloader = EngineRunner.build_dataloader
+
+    @cached_property
+    def test_dataloader(self) -> Any:
+        """Loader of the test set."""
+        with config_errors("the test data cannot be read"):
+            return self.build_dataloader(self.cfg.test_dataloader, seed=self.seed)
+
+
 def load_model(config: Config, checkpoint: str) -> Any:
-    """Build the model of a config for evaluation and load its weights.
+    """Build the model of a config for evaluation, load its weights and prepare it as a test does.
+
+    A hook of the config that has a method `prepare_model` gets to see the model, as before a test.
 
     Args:
         config: What `load_config` returned.
@@ -92,7 +113,11 @@ def load_model(config: Config, checkpoint: str) -> Any:
     read = getattr(model, "read_checkpoint", None)
     state = state_dict_of(load_file(path), path) if read is None else read(path)["state_dict"]
     load_state(model, state, path, strict=True)
-    return model.to(get_device()).eval()
+    model = model.to(get_device()).eval()
+    for hook in config.get("custom_hooks") or ():
+        if hasattr(HOOKS.get(hook["type"]), "prepare_model"):
+            HOOKS.build(hook).prepare_model(_Evaluation(config, model))
+    return model
 
 
 def compare(

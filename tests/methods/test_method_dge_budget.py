@@ -15,8 +15,10 @@ from torch import nn
 
 from patchreg.methods.dge.budget import calibrate_budget
 from patchreg.methods.dge.hook import DGEBudgetHook
+from patchreg.pictures.granularity import draw_granularity
 from patchreg.registry import MODELS
 from patchreg.runner import run as engine
+from patchreg.runner.compare import Entry, compare
 from patchreg.utils.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -203,6 +205,45 @@ def test_evaluation_without_training_data_calibrates_on_its_own(tmp_path: Path) 
     found = engine.evaluate(str(config), work_dir=str(work_dir))
     assert found["cost/ratio"] == pytest.approx(0.7, rel=0.02)
     assert "calibrated on 500 images of the evaluated set" in log_of(work_dir)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    """Random weights of the small model whose routers use every granularity."""
+    config = engine.load_config(QUICK, SMALL)
+    model = spread_routers(MODELS.build({**config.model, "data_preprocessor": None}))
+    path = tmp_path / "random.pth"
+    torch.save(dict(state_dict=model.state_dict()), path)
+    return str(path)
+
+
+def test_comparison_calibrates(checkpoint: str) -> None:
+    options = {**SMALL, "test_dataloader.dataset.subset": 300}
+    rows, _ = compare(
+        [
+            Entry("as trained", QUICK, checkpoint, options),
+            Entry("0.7", QUICK, checkpoint, {**options, "model.budget": 0.7}),
+        ],
+        rounds=1,
+        batch_size=8,
+    )
+    assert abs(rows[0].mac_ratio - 0.7) > 0.03
+    assert rows[1].mac_ratio == pytest.approx(0.7, rel=0.05)
+
+
+def test_picture_calibrates(checkpoint: str, tmp_path: Path) -> None:
+    config = tmp_path / "budget.py"
+    config.write_text(
+        f'_base_ = ["{QUICK}"]\n'
+        "model = dict(budget=0.7, backbone=dict(arch=dict(embed_dims=16, depth=2, num_heads=2)), "
+        "head=dict(in_channels=16))\n"
+        'train_dataloader = dict(dataset=dict(data_root="nowhere"))\n'
+        'val_dataloader = dict(dataset=dict(data_root="nowhere"))\n'
+        'test_dataloader = dict(dataset=dict(data_root="nowhere"))\n'
+    )
+    picture = tmp_path / "granularity.png"
+    draw_granularity("test", str(config), checkpoint, str(picture), count=2)
+    assert picture.stat().st_size > 2000
 
 
 def test_validation_calibrates_too(tmp_path: Path) -> None:

@@ -35,3 +35,28 @@ def test_block_compiles_as_one_graph(device, path, training):
         (wanted,) = torch.autograd.grad(expected.square().sum(), x)
         (got,) = torch.autograd.grad(found.square().sum(), x)
         assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("path", ["sparse", "front"])
+@pytest.mark.parametrize("capacity", [None, 70])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_fused_evaluation_compiles_as_one_graph(device, path, capacity):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    block = DGEBlock(24, 3, (4, 2, 1), mlp_ratio=2.0).to(device).eval()
+    following = torch.nn.LayerNorm(24).to(device)
+    for value in block.parameters():
+        torch.nn.init.normal_(value, std=0.3)
+    x = torch.randn(2, 65, 24, device=device)
+    compiled = torch.compile(block.infer, fullgraph=True, backend="aot_eager", dynamic=False)
+    arguments = (x, (8, 8), 1, path, None, following, capacity)
+    with torch.no_grad():
+        expected, record, prepared = block.infer(*arguments)
+        found, same, again = compiled(*arguments)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.equal(same.queries, record.queries)
+    assert (prepared is None) == (path == "front") == (again is None)
+    if prepared is not None:
+        assert torch.allclose(again.normed, prepared.normed, atol=1e-4)
+        assert torch.allclose(again.means, prepared.means, atol=1e-5)

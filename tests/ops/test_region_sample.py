@@ -50,6 +50,8 @@ def test_hand_written(device):
     ]
     assert plan.lengths.tolist() == [6]
     assert plan.owner.tolist() == [[0, 1, 1, 2, 3, 1, 1, 4, 5]]
+    assert plan.starts.tolist() == [0, 6]
+    assert plan.starts.dtype == torch.int32
     x = torch.tensor([100.0, 1, 2, 3, 4, 5, 6, 7, 8], device=device).view(1, 9, 1)
     comp = ops.compress(x, plan, 2, 4, 1)
     assert comp.flatten().tolist() == [100, 3.5, 3, 4, 7, 8]
@@ -111,6 +113,8 @@ def check_against_brute_force(batch, height, width, extra, splits, channels, dty
     assert plan.rows.tolist() == [list(row) for row in rows]
     assert plan.lengths.tolist() == lengths == ops.row_lengths(choice, splits, *grid).tolist()
     assert plan.owner.tolist() == owner
+    assert plan.starts.tolist() == np.cumsum([0, *lengths]).tolist()
+    check_padded(plan, choice, splits, grid)
 
     tokens = extra + height * width
     x = randn(generator, batch, tokens, channels, dtype=dtype, device=device)
@@ -133,6 +137,22 @@ def check_against_brute_force(batch, height, width, extra, splits, channels, dty
     expected = brute_force.decompress_dense(*wide, splits, *grid)
     near(ops.decompress_dense(update, gate, splits, *grid), expected)
     near(ops.decompress_dense(update, gate, splits, *grid, reference=x), expected + wide_x)
+
+
+def check_padded(plan, choice, splits, grid):
+    """A plan of a fixed capacity is the exact one, filled up or cut off."""
+    count, limit = len(plan.rows), grid[0] * grid[1] + grid[2]
+    for capacity in (count + 3, count, max(count - 2, 1)):
+        if not len(choice):
+            continue
+        padded = ops.row_plan(choice, splits, *grid, total=capacity, padded=True)
+        held = min(count, capacity)
+        assert torch.equal(padded.rows[:held], plan.rows[:held])
+        assert padded.rows[held:].tolist() == [[0, 0, 0, 1]] * (capacity - held)
+        assert torch.equal(padded.lengths, plan.lengths)
+        assert torch.equal(padded.owner, plan.owner.clamp(max=capacity - 1))
+        assert torch.equal(padded.starts, plan.starts.clamp(max=capacity))
+        assert padded.owner.shape == (len(choice), limit)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -354,7 +374,9 @@ def operator_samples(device):
     op = torch.ops.patchreg
     packed = (plan.rows, plan.owner)
     yield op.region_lengths, (choice, splits, *grid)
-    yield op.region_plan, (choice, splits, *grid, len(plan.rows))
+    yield op.region_route, (gate.detach(), splits, *grid)
+    yield op.region_plan, (choice, splits, *grid, len(plan.rows), False)
+    yield op.region_plan, (choice, splits, *grid, len(plan.rows) + 5, True)
     for mean in (True, False):
         yield op.region_pool, (x, *packed, *grid, mean)
         yield op.region_unpool, (update, *packed, x, *grid, mean)
@@ -368,6 +390,11 @@ def operator_samples(device):
         yield op.region_unpool_dense, (dense, weight, x, splits, *grid)
         yield op.region_unpool_dense, (dense, weight, None, splits, *grid)
     yield op.region_gate_dot, (x, dense, splits, *grid)
+    norm = (randn(generator, 3, device=device), randn(generator, 3, device=device), 1e-6)
+    tokens, rows = x.detach(), update.detach()
+    yield op.sum_norm, (rows, rows.flip(0), *norm)
+    yield op.region_pool_norm, (tokens, *packed, *norm, *grid)
+    yield op.region_unpool_norm, (rows, rows.flip(0), plan.owner, tokens, *norm, 4, *grid)
 
 
 def test_opcheck(device):
@@ -494,6 +521,35 @@ def test_debug_checks_values(device, monkeypatch):
         ops.row_plan(choice + 5, (4, 2, 1), 8, 8, 1)
     with pytest.raises(ValueError, match="total is 7, but the choice makes 130 rows"):
         ops.row_plan(choice, (4, 2, 1), 8, 8, 1, total=7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+def test_route(dtype, device):
+    """The best score, the first one on ties, and NaN before all, as in argmax."""
+    logits = randn(seeded(), 3, 2, 3, 3, dtype=dtype, device=device)
+    logits[0, 0, 0] = 1.0
+    logits[0, 0, 1] = torch.tensor([0.0, 2.0, 2.0])
+    logits[1, 1, 2, 1] = torch.nan
+    choice, lengths = ops.route(logits, (4, 2, 1), 7, 10, 1)
+    assert torch.equal(choice, logits.argmax(dim=-1))
+    assert choice[0, 0].tolist()[:2] == [0, 1]
+    assert choice[1, 1, 2] == 1
+    assert torch.equal(lengths, ops.row_lengths(choice, (4, 2, 1), 7, 10, 1))
+
+
+def test_bad_logits():
+    with pytest.raises(ValueError, match=r"logits has shape \(1, 2, 2, 2\); a 8x8 grid"):
+        ops.route(torch.zeros(1, 2, 2, 2), (4, 2, 1), 8, 8, 1)
+    with pytest.raises(TypeError, match="logits is torch.int64"):
+        ops.route(torch.zeros(1, 2, 2, 3, dtype=torch.int64), (4, 2, 1), 8, 8, 1)
+
+
+def test_bad_padding():
+    choice, _, _ = good()
+    with pytest.raises(ValueError, match="a padded plan needs total"):
+        ops.row_plan(choice, (4, 2, 1), 8, 8, 1, padded=True)
+    with pytest.raises(ValueError, match="total is 0"):
+        ops.row_plan(choice, (4, 2, 1), 8, 8, 1, total=0, padded=True)
 
 
 def test_bad_grid():

@@ -9,6 +9,7 @@ Letters: B images, h heads, d channels of a head, M keys, L packed queries of th
 from __future__ import annotations
 
 import contextlib
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -50,12 +51,12 @@ class PackedRows(NamedTuple):
 
     Args:
         plan: Row plan of `patchreg_ops`.
-        counts: Queries of every image.
+        counts: Queries of every image; None in a padded plan, and a compiler does not know them.
         longest: At least as many as any image has queries.
     """
 
     plan: RowPlan
-    counts: list[int]
+    counts: list[int] | None
     longest: int
 
     def image(self) -> Tensor:
@@ -66,15 +67,31 @@ class PackedRows(NamedTuple):
         """
         return self.plan.rows[:, 0]
 
+    def starts(self) -> Tensor:
+        """Return the first row of every image, then the number of rows.
+
+        Shape:
+            Returns [B + 1] int32.
+        """
+        if self.plan.starts is not None:
+            return self.plan.starts
+        return torch.nn.functional.pad(self.plan.lengths.cumsum(0), (1, 0)).to(torch.int32)
+
     def number(self) -> Tensor:
         """Return the number of every row within its image.
 
         Shape:
             Returns [L] int64.
         """
-        image, lengths = self.image(), self.plan.lengths
-        starts = lengths.cumsum(0) - lengths
-        return torch.arange(len(image), device=image.device) - starts.index_select(0, image)
+        image = self.image()
+        count = torch.arange(len(image), device=image.device)
+        return count - self.starts().index_select(0, image)
+
+
+@cache  # Without limit: captured graphs go on reading what they were captured with.
+def _key_starts(batch: int, keys: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(0, (batch + 1) * keys, keys, device=device, dtype=torch.int32)
 
 
 def packed_attention(
@@ -93,7 +110,8 @@ def packed_attention(
         backend: `varlen` calls the kernel of PyTorch for sequences of different lengths (CUDA, half
             precision); `padded` pads the queries to the longest image and drops what the padding
             saw (any device); `per_image` calls once for every image (`padded` under a compiler,
-            which does not know the lengths); `auto` takes the fastest.
+            which does not know the lengths); `auto` takes the fastest. A padded plan has no
+            lengths either, so `per_image` pads there.
 
     Shape:
         query [L, h, d]; key and value [B, h, M, d]; returns [L, h * d].
@@ -105,8 +123,10 @@ def packed_attention(
         backend = _fastest(query, key, rows)
     if backend == "varlen":
         return _varlen(query, key, value, rows)
+    if rows.counts is None:
+        return _capacity(query, key, value, rows)
     if backend == "per_image" and not torch.compiler.is_compiling():
-        return _per_image(query, key, value, rows)
+        return _per_image(query, key, value, rows.counts)
     return _padded(query, key, value, rows)
 
 
@@ -126,8 +146,13 @@ def _varlen_lack(query: Tensor) -> str:
 def _fastest(query: Tensor, key: Tensor, rows: PackedRows) -> str:
     if query.device.type == "cuda":
         return "padded" if _varlen_lack(query) else "varlen"
-    if query.device.type != "cpu" or torch.compiler.is_compiling():
-        return "padded"
+    if (
+        query.device.type != "cpu"
+        or rows.counts is None
+        or len(key) == 1
+        or torch.compiler.is_compiling()
+    ):
+        return "padded"  # One image needs no padding.
     products = query.numel() * key.shape[2]
     return "per_image" if products >= PRODUCTS_PER_CALL * len(key) else "padded"
 
@@ -142,20 +167,19 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tens
     batch, _, keys, _ = key.shape
     if not len(query):
         return query.flatten(1)
-    ends = torch.nn.functional.pad(rows.plan.lengths.cumsum(0), (1, 0)).to(torch.int32)
-    steps = torch.arange(0, (batch + 1) * keys, keys, device=key.device, dtype=torch.int32)
+    steps = _key_starts(batch, keys, key.device)
     # Keys lie [B, M, ..., h, d] in memory, so packing them copies nothing.
     packed_key, packed_value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (key, value))
-    out = varlen_attn(query, packed_key, packed_value, ends, steps, rows.longest, keys)
+    out = varlen_attn(query, packed_key, packed_value, rows.starts(), steps, rows.longest, keys)
     return out.flatten(1)
 
 
-def _per_image(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+def _per_image(query: Tensor, key: Tensor, value: Tensor, counts: list[int]) -> Tensor:
     pieces = [
         attend(part.transpose(0, 1).unsqueeze(0), key[index : index + 1], value[index : index + 1])
         .transpose(1, 2)
         .reshape(count, query[0].numel())
-        for index, (count, part) in enumerate(zip(rows.counts, query.split(rows.counts)))
+        for index, (count, part) in enumerate(zip(counts, query.split(counts)))
         if count
     ]
     if len(pieces) == 1:
@@ -176,3 +200,16 @@ def _padded(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tens
     out = attend(full, key, value)
     out = out.transpose(1, 2).reshape(batch * rows.longest, heads * width)
     return out.index_select(0, slot) if padded else out
+
+
+def _capacity(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+    """Padded attention of a padded plan: no shape depends on how many rows are real."""
+    batch, last = key.shape[0], len(query) - 1
+    starts = rows.starts()[:-1].long()
+    place = torch.arange(rows.longest, device=query.device)
+    # What lies behind the rows of an image is some other row: nobody reads what that one sees.
+    taken = (starts[:, None] + place).clamp(max=last)
+    full = query.index_select(0, taken.flatten()).unflatten(0, taken.shape)
+    out = attend(full.transpose(1, 2), key, value).transpose(1, 2).flatten(0, 1).flatten(1)
+    slot = rows.image() * rows.longest + rows.number()
+    return out.index_select(0, slot.clamp(max=batch * rows.longest - 1))

@@ -7,16 +7,21 @@ M keys, L packed queries of the batch, Nd queries of an image in the dense form,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from patchreg_ops import (
     compress,
     compress_dense,
+    compress_norm,
     decompress,
     decompress_dense,
+    decompress_norm,
     region_grid,
+    route,
     row_lengths,
     row_plan,
+    sum_norm,
 )
 from torch import Tensor, nn
 
@@ -28,26 +33,57 @@ from patchreg.models.layers import Mlp, drop_path
 
 
 class HostCopy:
-    """Copy of a small tensor to the host that lets the device run on until the values are read.
+    """Copy of the queries per image to the host; the device runs on until they are read.
 
     Args:
-        tensor: Tensor on any device.
+        tensor: Queries of every image, on any device.
+
+    Shape:
+        tensor [B] int64.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self._event = None
+        self._tensor = tensor
         self._host = tensor
-        if tensor.is_cuda:
+        if tensor.is_cuda and not torch.compiler.is_compiling():
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def tolist(self) -> list[int]:
-        """Return the values, waiting for the copy only."""
+    def counts(self, tokens: int) -> tuple[list[int], int, int]:
+        """Return the queries of every image, of all together and of the largest image.
+
+        Waits for the copy only. A compiler captures the sum alone: it gets no counts, and the
+        tokens as the largest.
+
+        Args:
+            tokens: Tokens of an image, which no count exceeds.
+        """
+        if torch.compiler.is_compiling():
+            total = int(self._tensor.sum().item())
+            torch._check_is_size(total)
+            return [], total, tokens
         if self._event is not None:
             self._event.synchronize()
-        return self._host.tolist()
+        values = self._host.tolist()
+        return values, sum(values), max(values, default=0)
+
+
+class Prepared(NamedTuple):
+    """What a block computed for the one behind it, while the tokens were at hand.
+
+    Args:
+        normed: Tokens after the first norm of that block.
+        means: Region means of the tokens.
+
+    Shape:
+        normed [B, N, C]; means [B, Hr, Wr, C].
+    """
+
+    normed: Tensor
+    means: Tensor
 
 
 class DGEAttention(SpatialReductionAttention):
@@ -171,6 +207,8 @@ class DGEBlock(nn.Module):
     ) -> tuple[Tensor, BlockRouting]:
         """Encode tokens.
 
+        Evaluation without gradients goes the way of `infer`.
+
         Args:
             x: Tokens, extra tokens first.
             grid: Token grid (H, W).
@@ -184,11 +222,82 @@ class DGEBlock(nn.Module):
             x [B, N, C]; noise [B, Hr, Wr, S]; uniform [B, 2] or [B, 2, >= queries of an image];
             returns [B, N, C], for `front` [B, E, C].
         """
+        if path == "dense":
+            return self._forward_dense(x, grid, extra, noise, uniform)
+        if noise is None and uniform is None and self.fuses(x):
+            return self.infer(x, grid, extra, path)[:2]
         if path == "front":
             return self._forward_front(x, grid, extra)
-        if path == "sparse":
-            return self._forward_sparse(x, grid, extra, noise, uniform)
-        return self._forward_dense(x, grid, extra, noise, uniform)
+        return self._forward_sparse(x, grid, extra, noise, uniform)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Say whether `infer` can take these tokens: no gradient, no dropout, no mixed precision.
+
+        Args:
+            x: Tokens.
+        """
+        if self.training or torch.is_autocast_enabled(x.device.type):
+            return False
+        weight = self.norm1.weight
+        grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        return not grad and weight.dtype == x.dtype
+
+    def infer(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        extra: int,
+        path: str = "sparse",
+        prepared: Prepared | None = None,
+        following: nn.LayerNorm | None = None,
+        capacity: int | None = None,
+    ) -> tuple[Tensor, BlockRouting, Prepared | None]:
+        """Encode tokens in evaluation with fused operators and, if wanted, prepare the next block.
+
+        Args:
+            x: Tokens, extra tokens first.
+            grid: Token grid (H, W).
+            extra: Number of extra tokens E.
+            path: `sparse` or `front`.
+            prepared: What the block in front prepared for this one.
+            following: Norm that the tokens go through next; its result is prepared.
+            capacity: Rows to compute for any choice, so that no shape depends on it; what it means
+                when they do not suffice is said at `row_plan`.
+
+        Shape:
+            x [B, N, C]; returns [B, N, C], for `front` [B, E, C].
+        """
+        norm1, norm2, region = self.norm1, self.norm2, self.dge.region
+        normed = norm1(x) if prepared is None else prepared.normed
+        if path == "front":
+            front = x[:, :extra]
+            attended = self.attn(normed[:, :extra], self.attn.keys(normed, grid))
+            out = front + attended.add_(self.mlp(_fused_sum_norm(front, attended, norm2)))
+            queries = torch.full((len(x),), float(extra), dtype=torch.float64, device=x.device)
+            return out, self._record(x, grid, queries, None, None), None
+        means = region_mean(x, grid, extra, region) if prepared is None else prepared.means
+        splits = self.dge.candidates
+        logits = self.dge.router(means)
+        choice, lengths = route(logits, splits, *grid, extra)
+        if capacity is None:
+            host = HostCopy(lengths)
+            # Keys need no choice: they are computed while the lengths travel to the host.
+            keys = self.attn.keys(normed, grid)
+            counts, total, longest = host.counts(x.shape[1])
+            plan = row_plan(choice, splits, *grid, extra, total=total)
+        else:
+            keys, counts, longest = self.attn.keys(normed, grid), None, x.shape[1]
+            plan = row_plan(choice, splits, *grid, extra, total=capacity, padded=True)
+        pooled, normed = compress_norm(x, plan, norm1.weight, norm1.bias, norm1.eps)
+        attended = self.attn(normed, keys, PackedRows(plan, counts, longest))
+        changed = self.mlp(_fused_sum_norm(pooled, attended, norm2))
+        record = self._record(x, grid, lengths.double(), choice, logits)
+        if following is None:
+            return decompress(attended.add_(changed), plan, reference=x), record, None
+        out, normed, means = decompress_norm(
+            attended, changed, plan, x, following.weight, following.bias, following.eps, region
+        )
+        return out, record, Prepared(normed, means)
 
     def _forward_dense(
         self,
@@ -235,10 +344,8 @@ class DGEBlock(nn.Module):
         host = HostCopy(lengths)
         # Keys need no choice: they are computed while the lengths travel to the host.
         keys = self.attn.keys(self.norm1(x), grid)
-        counts = host.tolist()
-        # A compiler does not know the counts; no image has more queries than tokens.
-        longest = x.shape[1] if torch.compiler.is_compiling() else max(counts, default=0)
-        plan = row_plan(choice, splits, *grid, extra, total=sum(counts))
+        counts, total, longest = host.counts(x.shape[1])
+        plan = row_plan(choice, splits, *grid, extra, total=total)
         rows = PackedRows(plan, counts, longest)
         pooled = compress(x, plan, *grid, extra)
         if uniform is not None and uniform.ndim == 2:
@@ -310,3 +417,7 @@ class DGEBlock(nn.Module):
         static = self.cost(x.shape[1])
         cost = static if choice is not None else self.cost(x.shape[1], routed=False)
         return BlockRouting(cost, static, queries, choice, logits, grid, self.dge.candidates)
+
+
+def _fused_sum_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return sum_norm(x, update, norm.weight, norm.bias, norm.eps)

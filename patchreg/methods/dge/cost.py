@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def check_accounting(accounting: str) -> str:
     return accounting
 
 
-@lru_cache(maxsize=64)
+@cache  # Without limit: captured graphs go on reading what they were captured with.
 def query_table(grid: tuple[int, int], splits: tuple[int, ...], device: torch.device) -> Tensor:
     """Count the queries of every candidate in every region, without squares outside the grid.
 
@@ -63,7 +63,7 @@ def query_table(grid: tuple[int, int], splits: tuple[int, ...], device: torch.de
         return torch.stack(table, dim=-1).to(device)
 
 
-@lru_cache(maxsize=64)
+@cache
 def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     # Kept on the device: making a tensor of Python numbers there would wait for it in every step.
     with torch.inference_mode(False):

@@ -43,6 +43,14 @@ class DGEBudgetHook(Hook):
         """
         self._calibrate(runner, "test")
 
+    def prepare_model(self, runner: Any) -> None:
+        """Calibrate for a comparison or a picture.
+
+        Args:
+            runner: Config, model and test set outside of a run.
+        """
+        self._calibrate(runner, "test")
+
     def _calibrate(self, runner: Any, stage: str) -> None:
         model = bare_model(runner)
         if getattr(model, "budget", None) is None:

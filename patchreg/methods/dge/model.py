@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchreg.methods.dge.block import DGEBlock
+from patchreg.methods.dge.block import DGEBlock, Prepared
 from patchreg.methods.dge.cost import Routing, check_accounting, spread_regions
 from patchreg.methods.dge.router import DynamicGrainedEncoder, check_splits
 from patchreg.models.backbones.vit import VisionTransformerBackbone
@@ -168,6 +168,8 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
         self.drop_path_mode = drop_path_mode
         self.region_padding = region_padding
         self.attention_backend = attention_backend
+        # Rows that each block computes whatever its router says; set while a graph is captured.
+        self.row_capacity: int | None = None
         super().__init__(arch=arch, img_size=img_size, init_cfg=init_cfg, **kwargs)
         if skip_last_queries and (not self.extra or self.depth < 2):
             raise ConfigError(
@@ -246,16 +248,26 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
                     x.device,
                 )
         routing = Routing(constants=self.embedding_macs(grid))
+        # Evaluation in one go: every block leaves what the next one, or the last norm, starts with.
+        fused = path == "sparse" and noise is None and self.blocks[0].fuses(x)
+        prepared: Prepared | None = None
         kept = []
         for index, block in enumerate(self.blocks):
-            if self.skip_last_queries and not self.training and index == self.depth - 1:
+            last = index == self.depth - 1
+            if self.skip_last_queries and not self.training and last:
                 path = "front"
-            x, record = block(x, grid, self.extra, path, noises[index], uniforms[index])
+            if fused:
+                following = self.norm if last else self.blocks[index + 1].norm1
+                x, record, prepared = block.infer(
+                    x, grid, self.extra, path, prepared, following, self.row_capacity
+                )
+            else:
+                x, record = block(x, grid, self.extra, path, noises[index], uniforms[index])
             routing.blocks.append(record)
             if index in out_blocks:
                 kept.append(x)
         return TokenFeatures(
-            tokens=self.norm(x),
+            tokens=self.norm(x) if prepared is None else prepared.normed,
             grid=grid,
             extra=self.extra,
             blocks=tuple(kept),

@@ -122,8 +122,12 @@ class DGERouter(nn.Module):
         Differs from official:
             There autocast runs it in half precision, where scores of nearly equal candidates tie.
         """
-        with torch.autocast(means.device.type, enabled=False):
-            logits = self.gate(means.to(self.gate.weight.dtype))
+        means = means.to(self.gate.weight.dtype)
+        if torch.is_autocast_enabled(means.device.type):
+            with torch.autocast(means.device.type, enabled=False):
+                logits = self.gate(means)
+        else:
+            logits = self.gate(means)
         if self.offset is None or self.training:
             return logits
         return logits + self.offset.to(logits)
