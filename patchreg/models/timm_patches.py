@@ -60,6 +60,7 @@ class TimmViTBackbone(TimmBackbone):
                 "VisionTransformer of timm with a fixed image size, such as deit_small_patch16_224"
             )
         self.extra = int(self.model.num_prefix_tokens)
+        self.checkpoint = checkpoint
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -226,7 +227,15 @@ class TimmPatchClassifier(PatchClassifier):
 
         Args:
             path: File to read.
+
+        Raises:
+            ConfigError: It keeps its weights and has only random ones.
         """
+        if not self.own_checkpoint and self.backbone.checkpoint is None:
+            raise ConfigError(
+                "the classifier has random weights: name timm's file of them with "
+                "model.backbone.checkpoint=FILE"
+            )
         if not self.own_checkpoint:
             return {"state_dict": self.state_dict()}
         loaded = load_file(path)

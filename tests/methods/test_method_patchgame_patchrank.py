@@ -353,5 +353,8 @@ def test_a_checkpoint_can_be_left_to_the_ranker(tmp_path: Path) -> None:
     torch.save(dict(state_dict={"other": torch.ones(1)}), tmp_path / "speaker.pth")
     assert set(model.read_checkpoint(tmp_path / "speaker.pth")["state_dict"]) == {"other"}
     model.own_checkpoint = False
+    with pytest.raises(ConfigError, match="random weights"):
+        model.read_checkpoint(tmp_path / "speaker.pth")
+    model.backbone.checkpoint = "vit.safetensors"
     kept = model.read_checkpoint(tmp_path / "speaker.pth")["state_dict"]
     assert set(kept) == set(model.state_dict())

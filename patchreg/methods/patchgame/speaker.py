@@ -158,8 +158,8 @@ class PatchGameSpeaker(nn.Module):
         ConfigError: Patches, ranker and symbol network do not fit together.
 
     Differs from official:
-        Misfits are found here instead of later in the forward; without context other image sizes
-        work too; patches of the ViT listener are counted for the actual image.
+        Misfits are found here instead of later in the forward; without context other image sizes work
+        too.
     """
 
     def __init__(
