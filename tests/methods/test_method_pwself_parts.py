@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import golden_reader
@@ -9,6 +10,7 @@ import pytest
 import torch
 from pwself_helpers import backbone, below, cast, error, head, tolerance
 
+from patchreg.hooks.freeze import FreezeLastLayerHook
 from patchreg.models.layers import resize_pos_embed
 from patchreg.registry import OPTIMIZERS, PARAM_SCHEDULERS
 from patchreg.runner.optim import OptimWrapper, clip_each_gradient
@@ -300,3 +302,30 @@ def test_backbone_has_the_published_cost(arch: str, patch: int, large: float, sm
         grid = (side // patch, side // patch)
         assert round(model.matmul_macs(grid) / 1e9, 3) == expected
         assert model.macs(grid) > model.matmul_macs(grid)
+
+
+def test_last_layer_is_not_stepped_in_the_first_epochs() -> None:
+    model = torch.nn.ModuleDict(dict(mlp=torch.nn.Linear(2, 2), last_layer=torch.nn.Linear(2, 2)))
+    wrapper = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5))
+    runner = SimpleNamespace(model=model, optim_wrapper=wrapper, epoch=0)
+    hook = FreezeLastLayerHook(epochs=1)
+    hook.before_train(runner)
+
+    def step() -> tuple[bool, bool]:
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        wrapper.update_params(model["last_layer"](model["mlp"](torch.ones(1, 2))).sum())
+        moved = {
+            name: not torch.equal(value, before[name]) for name, value in model.named_parameters()
+        }
+        return moved["mlp.weight"], moved["last_layer.weight"]
+
+    assert step() == (True, False)
+    assert model["last_layer"].weight not in wrapper.optimizer.state
+    runner.epoch = 1
+    assert step() == (True, True)
+    assert wrapper.optimizer.state[model["last_layer"].weight]["step"] == 1
+    runner.epoch = 0
+    hook.after_train(runner)
+    assert step() == (True, True)
+    with pytest.raises(ConfigError, match="no parameter has 'first'"):
+        FreezeLastLayerHook(name="first").before_train(runner)
