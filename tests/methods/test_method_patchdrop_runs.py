@@ -12,6 +12,7 @@ import pytest
 import torch
 from mmengine.registry import init_default_scope
 from patchdrop_helpers import labelled, patchdrop
+from PIL import Image
 
 from patchreg.methods.patchdrop.picture import draw_policy
 from patchreg.registry import HOOKS
@@ -80,6 +81,9 @@ def test_all_stages_in_a_row(project: Path, capsys: pytest.CaptureFixture[str]) 
     assert "| Acc: " in log
     draw_policy("test", str(project / "finetune.py"), "runs/finetune", "policy.png", 3)
     assert Path("policy.png").stat().st_size > 5000
+    Image.effect_noise((50, 40), 30).save("photo.png")
+    draw_policy("photo.png", str(project / "finetune.py"), "runs/finetune", "one.png")
+    assert Path("one.png").stat().st_size > 3000
     with pytest.raises(ConfigError, match="has no policy"):
         draw_policy("test", str(project / "classifier.py"), "runs/classifier", "policy.png")
 
