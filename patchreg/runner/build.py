@@ -149,6 +149,9 @@ class EngineRunner(Runner):
                 f"model_wrapper_cfg: '{model_wrapper_cfg.get('type')}' spreads a model over several "
                 "processes, but this run has one; start it with tools/dist_train.sh or leave it out"
             )
+        if self.distributed and not any(value.requires_grad for value in model.parameters()):
+            # Nothing to train: torch refuses to wrap it, and there is nothing to exchange.
+            return model.to(get_device())
         kind = (model_wrapper_cfg or {}).get("type")
         if kind is not None and issubclass(MODEL_WRAPPERS.get(kind), FullyShardedWrapper):
             # MMEngine does both after the wrapping, when it is too late for shards.
