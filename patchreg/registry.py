@@ -106,13 +106,30 @@ class StageRegistry(Registry):
             ConfigError: Nothing is registered under the key; names the nearest keys and shows why a plug-in
                 that mentions the key could not be imported.
         """
-        found = super().get(key)
+        found = self._find(key)
         if found is None:
             raise ConfigError(self.missing(key))
         return found
 
     def __contains__(self, key: str) -> bool:
-        return super().get(key) is not None
+        return self._find(key) is not None
+
+    def _find(self, key: str) -> Any:
+        # MMEngine takes a key with dots for an import path when nothing is registered under it.
+        name = key.rsplit(".", 1)[-1]
+        if not name or key.startswith("."):
+            return None
+        try:
+            found = super().get(key)
+        except (RuntimeError, ImportError, TypeError, ValueError):
+            return None
+        registered = key in self._module_dict or name in self._known(key)
+        return found if registered or isinstance(found, type) else None
+
+    def _known(self, key: str) -> Any:
+        scope, _ = self.split_scope_key(key)
+        other = self._get_root_registry()._search_child(scope) if scope else None
+        return other.module_dict if other is not None else self.names()
 
     def missing(self, key: str) -> str:
         """Say that a key is unknown, which ones are near, and which plug-ins failed to import.
@@ -123,7 +140,7 @@ class StageRegistry(Registry):
         scope, name = self.split_scope_key(key)
         if scope is not None and scope != self.scope:
             other = self._get_root_registry()._search_child(scope)
-            if other is None:
+            if other is None or not name:
                 return (
                     f"'{key}': the package '{scope}' is not installed or has no registry; install it "
                     f"(pip install {scope}) or use a {self.name} of patchreg"

@@ -61,8 +61,10 @@ class ImagePreprocessor(BaseDataPreprocessor):
             raise ConfigError(
                 "ImagePreprocessor: batch_augment makes targets and needs num_classes"
             )
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        dtype = torch.get_default_dtype()  # integers would make integer buffers
+        for name, values in (("mean", mean), ("std", std)):
+            constant = torch.tensor(values, dtype=dtype).view(-1, 1, 1)
+            self.register_buffer(name, constant, persistent=False)
         self.num_classes = num_classes
         self.view = None if view is None else MODELS.build(view)
         self.batch_augment = None if batch_augment is None else TRANSFORMS.build(batch_augment)
@@ -132,9 +134,10 @@ class ImagePreprocessor(BaseDataPreprocessor):
         labels = None
         if all("gt_label" in sample and sample.gt_label.numel() == 1 for sample in samples):
             labels = torch.cat([sample.gt_label for sample in samples])
-            if self.num_classes is not None and int(labels.max()) >= self.num_classes:
+            low, high = (int(bound) for bound in labels.aminmax())
+            if self.num_classes is not None and not 0 <= low <= high < self.num_classes:
                 raise DataError(
-                    f"label {int(labels.max())} does not fit num_classes={self.num_classes} "
+                    f"label {low if low < 0 else high} does not fit num_classes={self.num_classes} "
                     f"(labels 0 to {self.num_classes - 1}); set num_classes of the preprocessor "
                     "and the head to the data's"
                 )

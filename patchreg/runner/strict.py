@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from patchreg import registry
 from patchreg.utils.errors import ConfigError, MissingFileError, did_you_mean
-from patchreg.utils.weights import maker_of
+from patchreg.utils.weights import how_to_get
 
 ROOTS: dict[str, Registry] = {
     "model": registry.MODELS,
@@ -153,6 +153,12 @@ def check_config(config: Config, to_come: Sequence[str] = ()) -> None:
             raise ConfigError(f"unknown top-level key '{key}'.{hint}")
     if "stages" not in config and "model" not in config:
         raise ConfigError("the config has no 'model'; a config that is only a base cannot be run")
+    stages = config.get("stages", [])
+    if not isinstance(stages, (list, tuple)) or not all(isinstance(leaf, str) for leaf in stages):
+        raise ConfigError(
+            f"stages is {_short(stages)}; expected a list of config files, such as ['first.py']"
+        )
+    _check_hooks(config)
     for key in config:
         value = config[key]
         if value is None or key.startswith("_"):
@@ -211,6 +217,27 @@ def _check_groups(config: Config) -> None:
             )
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 90 else text[:87] + "..."
+
+
+def _check_hooks(config: Config) -> None:
+    """Every hook is a dict with a type; None takes a default hook out."""
+    default, custom = config.get("default_hooks") or {}, config.get("custom_hooks") or []
+    if not isinstance(default, Mapping):
+        raise ConfigError(f"default_hooks is {_short(default)}; expected a dict of hooks by name")
+    if not isinstance(custom, (list, tuple)):
+        raise ConfigError(f"custom_hooks is {_short(custom)}; expected a list of hooks")
+    named = [(f"default_hooks.{key}", node) for key, node in default.items() if node is not None]
+    named += [(f"custom_hooks.{index}", node) for index, node in enumerate(custom)]
+    for path, node in named:
+        if not isinstance(node, Mapping) or not isinstance(node.get("type"), str):
+            raise ConfigError(
+                f"{path} is {_short(node)}; expected a dict with 'type', the name of a hook"
+            )
+
+
 def _check_files(config: Config, to_come: Sequence[str]) -> None:
     wanted = [("load_from", config.get("load_from"))]
     for path, node in _walk("", config._cfg_dict):
@@ -220,9 +247,7 @@ def _check_files(config: Config, to_come: Sequence[str]) -> None:
         if not isinstance(name, str) or any(Path(name).is_relative_to(item) for item in to_come):
             continue
         if not Path(name).is_file():
-            maker = maker_of(name)
-            remedy = f"make it with: python tools/train.py {maker}" if maker else "check the path"
-            raise MissingFileError(f"{path}: '{name}' does not exist; {remedy}")
+            raise MissingFileError(f"{path}: '{name}' does not exist; {how_to_get(name)}")
 
 
 def _walk(path: str, node: Any) -> Iterator[tuple[str, Any]]:

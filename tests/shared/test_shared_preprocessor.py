@@ -163,3 +163,13 @@ def test_data_configs_build_and_give_uint8_rgb(name, project_root, tmp_path):
         assert int(sample["data_samples"].gt_label) == DATASETS.build(source).get_gt_labels()[0]
     if name == "imagenet_deit_256":
         assert sample["inputs"].float().mean((1, 2)).tolist() == [255.0, 0.0, 0.0]
+
+
+def test_whole_numbers_as_mean_and_a_negative_label():
+    whole = build(mean=(0, 0, 0), std=(255, 255, 255), num_classes=3)
+    assert whole.normalise(
+        torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
+    ).unique() == pytest.approx(0.2)
+    sample = DataSample().set_gt_label(-1)
+    with pytest.raises(DataError, match="label -1 does not fit num_classes=3"):
+        whole({"inputs": torch.zeros(1, 3, 2, 2), "data_samples": [sample]})

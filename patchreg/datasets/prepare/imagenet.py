@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import os
 import re
 from pathlib import Path
@@ -158,7 +159,11 @@ def read_val_labels(source: Path) -> dict[str, str]:
     if source.name.endswith("validation_ground_truth.txt"):
         return _from_devkit(source)
     found: dict[str, str] = {}
-    with source.open(newline="", encoding="utf-8") as file:
+    try:
+        text = source.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{source}' is no UTF-8 text ({error}); save it as UTF-8") from error
+    with io.StringIO(text, newline="") as file:
         rows = csv.reader(file) if source.suffix == ".csv" else (line.split() for line in file)
         for line, row in enumerate(rows, 1):
             if not row or row[0] == "ImageId":
