@@ -291,26 +291,32 @@ class PatchRankLoop(TestLoop):
             labels = torch.stack([sample.gt_label.flatten()[0] for sample in data["data_samples"]])
             grid = self._grid(inputs)
             found = []
+            whole: Tensor | None = None
             for name, ranker in self.rankers.items():
                 selection = ranker.select(batch, inputs)
                 if selection.macs is not None:
                     ranker_macs[name] = float(selection.macs.mean())
                 score = scores_on_grid(selection, grid)
                 for k in self.ks:
+                    if k == score.shape[1] and whole is not None:
+                        # All patches are the same ones for every ranker.
+                        found.append(whole)
+                        continue
                     cells = kept_cells(top_mask(score, k))
                     logits, cost, dense = model.classify_kept(inputs, cells)
                     macs[k] = float(cost.mean())
                     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
                     right = best == labels.to(best.device)[:, None]
                     found.append(torch.stack((right[:, 0], right.any(dim=1)), dim=1))
+                    whole = found[-1] if k == score.shape[1] else whole
             hits += torch.stack(found, dim=1).tolist()
             runner.call_hook("after_test_iter", batch_idx=index, data_batch=None, outputs=None)
-        whole = collect_results(hits, len(self.dataloader.dataset), device="cpu")
+        every = collect_results(hits, len(self.dataloader.dataset), device="cpu")
         rates = self._rates(timed) if timed is not None else {}
         metrics: dict[str, float] = {}
         if is_main_process():
-            assert whole is not None
-            shares = 100.0 * torch.tensor(whole, dtype=torch.float64).mean(dim=0)
+            assert every is not None
+            shares = 100.0 * torch.tensor(every, dtype=torch.float64).mean(dim=0)
             rows = []
             cases = [(name, k) for name in self.rankers for k in self.ks]
             patches = grid[0] * grid[1]
