@@ -237,7 +237,7 @@ class PatchGamePretrainer(BaseModel):
             symbol_uniform = batch_random.uniform(images, (cells, *self.gumbel.shape), device)
         embed, score, rank, selected = self.sender(speaker_view, select_uniform)
         logits, symbols = self.gumbel(embed, symbol_uniform)
-        message = symbols * selected[:, :, None, None].to(symbols.dtype)
+        message = symbols * selected[:, :, None, None]
         text = self._project(self.receiver.text_fc, self.receiver.read(message, grid))
         image = self._project(self.receiver.vision_fc, self.receiver.look(listener_view))
         return PatchGameRound(score, rank, selected, embed, logits, message, image, text)

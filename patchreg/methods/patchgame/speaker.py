@@ -342,7 +342,8 @@ class PatchGameSymbols(nn.Module):
         logits = self.logits(x)
         noisy = logits.view(*logits.shape[:2], *self.shape)
         if uniform is not None:
-            noisy = noisy + gumbel_noise(uniform).to(noisy.dtype)
+            # Noise keeps its own type, so in mixed precision the sum is float32.
+            noisy = noisy + gumbel_noise(uniform)
         soft = (noisy / self.temperature).softmax(dim=-1)
         if not self.hard:
             return logits, soft
