@@ -45,6 +45,10 @@ def _cuda(rank: Callable[[Tensor], Tensor], scores: Tensor, grad: Tensor) -> flo
     return start.elapsed_time(end) / 1e3 / ROUNDS
 
 
+def _error(name: str, error: float, bound: float) -> dict[str, Any]:
+    return figure(name, 1e6 * error, "1e-6", 1e6 * bound, error / bound, 1.0)
+
+
 def run(device: str) -> list[dict[str, Any]]:
     """Measure time and error of forward and backward for rows of 49, 144 and 196 scores.
 
@@ -88,19 +92,10 @@ def run(device: str) -> list[dict[str, Any]]:
             if spread == SPREADS[0]:
                 exact = theirs(scores.double())
                 error = float((ours(scores).double() - exact).detach().abs().max())
-                rows.append(figure(f"{name}: error", error, "", ERROR, error / ERROR, 1.0))
+                rows.append(_error(f"{name}: error", error, ERROR))
                 gradients = [
                     torch.autograd.grad(rank(scores), scores, grad)[0] for rank in (ours, theirs)
                 ]
                 error = float((gradients[0] - gradients[1]).abs().max())
-                rows.append(
-                    figure(
-                        f"{name}: error of the gradient",
-                        error,
-                        "",
-                        GRADIENT_ERROR,
-                        error / GRADIENT_ERROR,
-                        1.0,
-                    )
-                )
+                rows.append(_error(f"{name}: error of the gradient", error, GRADIENT_ERROR))
     return rows
