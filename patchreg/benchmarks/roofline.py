@@ -119,7 +119,7 @@ def stages(block: Any, x: Tensor, grid: tuple[int, int]) -> list[Stage]:
     total = sum(counts)
     plan = row_plan(choice, *geometry, total=total)
     rows = PackedRows(plan, counts, max(counts))
-    keys = attn.keys(normed, grid)
+    key, value = attn.keys(normed, grid)
     pooled, queries = compress_norm(x, plan, norm1.weight, norm1.bias, norm1.eps)
     heads = attn.q(queries).unflatten(-1, (attn.num_heads, -1))
     attended = torch.zeros_like(pooled)
@@ -136,7 +136,7 @@ def stages(block: Any, x: Tensor, grid: tuple[int, int]) -> list[Stage]:
         return Stage(name, lambda: layer(value), moved, 2.0 * count * inner * outer)
 
     def attention() -> Tensor:
-        return packed_attention(heads, *keys, rows, attn.backend)
+        return packed_attention(heads, key, value, rows, attn.backend)
 
     return [
         Stage(

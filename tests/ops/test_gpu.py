@@ -31,6 +31,47 @@ def dense(x, gate):
     return ops.decompress_dense(update, gate, SPLITS, *GRID, reference=x)
 
 
+def fused(x, logits, capacity):
+    """A block of fused operators whose shapes do not depend on the choice."""
+    weight, bias = torch.linspace(0.5, 1.5, 128, device=x.device, dtype=x.dtype).view(2, 64)
+    choice, _ = ops.route(logits, SPLITS, *GRID)
+    plan = ops.row_plan(choice, SPLITS, *GRID, total=capacity, padded=True)
+    pooled, normed = ops.compress_norm(x, plan, weight, bias, 1e-6)
+    update = ops.sum_norm(pooled, normed, weight, bias, 1e-6)
+    out = ops.decompress_norm(update, normed, plan, x, weight, bias, 1e-6, 4)
+    return (*out, plan.starts)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_without_sync_and_captured(device, dtype):
+    _, x, gate, total = inputs(device, dtype)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused(x, gate, total + 64)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = fused(x, gate, 8 * 257)
+    gate.copy_(gate.flip(0))
+    x.copy_(x.flip(0) * 2)
+    graph.replay()
+    for left, right in zip(outs, fused(x, gate, 8 * 257), strict=True):
+        assert torch.equal(left, right)
+
+
+@compiled
+def test_too_small_a_capacity_stays_in_memory(device):
+    _, x, gate, total = inputs(device)
+    *out, starts = fused(x, gate, 40)
+    torch.cuda.synchronize()
+    assert total > 40
+    assert int(starts[-1]) == 40
+    assert all(value.isfinite().all() for value in out)
+
+
 @compiled
 def test_no_host_sync(device):
     choice, x, gate, total = inputs(device)

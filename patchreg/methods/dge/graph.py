@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.logging import print_log
@@ -56,15 +56,16 @@ class DGEGraphRunner:
     """
 
     def __init__(self, model: nn.Module, margin: float = 0.1) -> None:
-        self.backbone = model.backbone if isinstance(model, DGEClassifier) else model
-        if not isinstance(self.backbone, DGEVisionTransformerBackbone):
+        backbone = model.backbone if isinstance(model, DGEClassifier) else model
+        if not isinstance(backbone, DGEVisionTransformerBackbone):
             raise ConfigError(
-                f"a {type(self.backbone).__name__} has no fixed row capacity; graphs are for a "
+                f"a {type(backbone).__name__} has no fixed row capacity; graphs are for a "
                 "DGEVisionTransformerBackbone or a DGEClassifier around one"
             )
         if not margin >= 0:
             raise ConfigError(f"margin={margin}: expected a share of 0 or more, such as 0.1")
         self.model = model
+        self.backbone = backbone
         self.margin = margin
         self.captures = 0
         self.eager = 0
@@ -95,7 +96,7 @@ class DGEGraphRunner:
             )
             return self._eager(images)
         key = (tuple(images.shape), images.dtype, images.device)
-        shifts = [router.offset for router in self._routers()]
+        shifts = self._shifts()
         held = self._graphs.get(key)
         if held is None or not held.fits(shifts):
             result = self._eager(images)
@@ -126,10 +127,10 @@ class DGEGraphRunner:
         wanted = math.ceil(rows * (1 + self.margin) / ROWS) * ROWS
         return max(min(wanted, len(images) * tokens), 1)
 
-    def _routers(self) -> list[nn.Module]:
+    def _shifts(self) -> list[Tensor | None]:
+        blocks: Any = self.backbone.blocks
         # A router may be wrapped in a module of another kind, which then has no offset.
-        routers = (block.dge.router for block in self.backbone.blocks)
-        return [router for router in routers if hasattr(router, "offset")]
+        return [getattr(block.dge.router, "offset", None) for block in blocks]
 
     def _capture(self, images: Tensor, capacity: int, shifts: list[Tensor | None]) -> _Captured:
         self.captures += 1
@@ -185,7 +186,7 @@ class _Captured:
                 forward(self.images)
         torch.cuda.current_stream(images.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.held = forward(self.images)
 
     def fits(self, shifts: list[Tensor | None]) -> bool:

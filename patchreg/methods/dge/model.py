@@ -200,7 +200,7 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
         super().reset_parameters()
         reset_routers(self)
 
-    def forward(
+    def forward(  # type: ignore[override]  # Regions need all patches, so there are no `cells`.
         self,
         images: Tensor,
         out_blocks: Sequence[int] = (),
@@ -249,15 +249,16 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
                 )
         routing = Routing(constants=self.embedding_macs(grid))
         # Evaluation in one go: every block leaves what the next one, or the last norm, starts with.
-        fused = path == "sparse" and noise is None and self.blocks[0].fuses(x)
+        blocks: Any = self.blocks
+        fused = path == "sparse" and noise is None and blocks[0].fuses(x)
         prepared: Prepared | None = None
         kept = []
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(blocks):
             last = index == self.depth - 1
             if self.skip_last_queries and not self.training and last:
                 path = "front"
             if fused:
-                following = self.norm if last else self.blocks[index + 1].norm1
+                following = self.norm if last else blocks[index + 1].norm1
                 x, record, prepared = block.infer(
                     x, grid, self.extra, path, prepared, following, self.row_capacity
                 )
@@ -295,7 +296,7 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
             "corrected": float(height * width * per_pixel),
         }
 
-    def macs(self, grid: tuple[int, int]) -> float:
+    def macs(self, grid: tuple[int, int]) -> float:  # type: ignore[override]
         """Count the multiply-accumulates of the dense twin for one image, routers included.
 
         Args:

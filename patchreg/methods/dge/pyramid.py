@@ -176,7 +176,7 @@ class DGEPyramidVisionTransformerBackbone(PyramidVisionTransformerBackbone):
             following += [block.norm1 for block in self.blocks(stage)][1:] + [None]
         prepared: Prepared | None = None
 
-        def run(stage: int, number: int, block: nn.Module, x: Tensor) -> Tensor:
+        def run(stage: int, number: int, block: Any, x: Tensor) -> Tensor:
             nonlocal prepared
             way = "front" if skips and number == depth - 1 else path
             extra = self.stage_extra(stage)
