@@ -19,7 +19,7 @@ from patchreg.registry import MODELS
 SHARES = (0.45, 0.20, 0.12, 0.10, 0.13)
 """Images that stop after the shrunk image, after one window, two, three, four."""
 
-CPU = dict(images=192, batch=16, rounds=5)
+CPU = dict(images=512, batch=16, rounds=3)
 CUDA = dict(images=8192, batch=128, rounds=3)
 
 

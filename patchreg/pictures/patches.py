@@ -122,6 +122,9 @@ def _draw_map(axis: Any, one: Prediction) -> None:
     axis.set_xlim(0, width)
     axis.set_ylim(height, 0)
     _bare(axis)
+    if one.record.get("stage") == 0:
+        axis.set_xlabel("sure at the first look, not localised", fontsize=7)
+        return
     if one.selection.grid is None or np.prod(one.selection.grid) == 1:
         return
     rows, columns = one.selection.grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,20 @@ from anchornet_helpers import (
     recipe_network,
 )
 from dge_helpers import samples
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from safetensors import safe_open
 from torch import Tensor
 
 from patchreg.methods.anchornet.ensemble import AnchorNetEnsembleClassifier, in_fixed_batches
 from patchreg.methods.anchornet.queue import EarlyExitQueue, Exit
 from patchreg.methods.anchornet.selector import window_boxes
 from patchreg.methods.anchornet.table import ConfidenceTable
-from patchreg.registry import MODELS
+from patchreg.registry import MODELS, TRANSFORMS
 from patchreg.utils.errors import ConfigError, DataError, MissingFileError
 from patchreg.utils.random import seed_all
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def published(patch: tuple[str, int, float], resized: tuple[str, int, float], count: int) -> Any:
@@ -80,6 +86,36 @@ def test_aggregation_gives_the_published_prediction() -> None:
     best = summed.softmax(0).topk(10)
     assert torch.equal(best.indices.int(), file["top10_class"])
     assert close(best.values, file["top10_prob"], 1e-4)
+
+
+def test_a_photo_gets_the_published_prediction() -> None:
+    file = golden("predictor", "raw_u8")
+    model = published(("densenet201", 81, 2.0), ("densenet201", 82, 2.0), 3)
+    with safe_open(file.path, framework="pt") as opened:
+        meta = opened.metadata()
+    init_default_scope("patchreg")
+    config = Config.fromfile(ROOT / "configs/anchornet/densenet201_dynamic.py")
+    sample: dict[str, Any] = dict(img=file["raw_u8"].permute(1, 2, 0).numpy())
+    for step in config.test_dataloader.dataset.pipeline[1:3]:
+        sample = TRANSFORMS.build(dict(step))(sample)
+    image = normalised(torch.from_numpy(sample["img"].copy()).permute(2, 0, 1)[None])
+    model.batch_size = 1
+    views, _, found = model.all_views(image)
+    assert torch.equal(inclusive(window_boxes(found.cells, 17, found.window))[0], file["boxes"])
+    # The image went through another version of Pillow than the authors': one grey level.
+    assert close(views[0, 0], file["resized_logits"], 1e-4)
+    assert close(views[0, 1:], file["patch_logits"], 1e-4)
+    answer = model.predict(image, samples(torch.tensor([0])))[0]
+    best = answer.pred_score.topk(10)
+    assert torch.equal(best.indices.int(), file["top10_class"])
+    names = [f"class_{label}" for label in best.indices.tolist()]
+    shown = dict(zip(names, [f"{value:.3f}" for value in best.values.tolist()], strict=True))
+    assert shown == json.loads(meta["json"])
+    single = published(("densenet201", 81, 2.0), ("densenet201", 82, 2.0), 1)
+    best = single.predict(image, samples(torch.tensor([0])))[0].pred_score.topk(10)
+    names = [f"class_{label}" for label in best.indices.tolist()]
+    shown = dict(zip(names, [f"{value:.3f}" for value in best.values.tolist()], strict=True))
+    assert shown == json.loads(meta["json_single_patch"])
 
 
 class Tiny:

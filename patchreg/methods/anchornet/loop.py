@@ -31,7 +31,6 @@ from patchreg.methods.anchornet.queue import EarlyExitQueue
 from patchreg.methods.anchornet.table import ConfidenceTable
 from patchreg.registry import LOOPS
 from patchreg.runner.checkpoint import seal
-from patchreg.utils.draw import draw_curves
 from patchreg.utils.errors import ConfigError
 from patchreg.utils.files import replace_safely, write_safely
 
@@ -219,8 +218,9 @@ class AnchorNetDynamicLoop(BaseLoop):
         Raises:
             ConfigError: A budget cannot be met.
         """
-        self.runner.call_hook("before_test")
-        self.runner.call_hook("before_test_epoch")
+        if self.execute:
+            self.runner.call_hook("before_test")
+            self.runner.call_hook("before_test_epoch")
         self.model.eval()
         table = self.table
         if self.unit == "ms":
@@ -266,8 +266,9 @@ class AnchorNetDynamicLoop(BaseLoop):
             for name in [entry["kind"]]
             for key in ("accuracy", "cost")
         }
-        self.runner.call_hook("after_test_epoch", metrics=metrics)
-        self.runner.call_hook("after_test")
+        if self.execute:
+            self.runner.call_hook("after_test_epoch", metrics=metrics)
+            self.runner.call_hook("after_test")
         return metrics
 
     def _execute(self, table: ConfidenceTable, thresholds: Sequence[float]) -> dict[str, Any]:
@@ -325,13 +326,7 @@ class AnchorNetDynamicLoop(BaseLoop):
         writer.writeheader()
         writer.writerows(report)
         write_safely(folder / "dynamic.csv", text.getvalue().encode())
-        by_cost = sorted(report, key=lambda entry: entry["cost"])
-        draw_curves(
-            [entry["cost"] for entry in by_cost],
-            {"top-1 (%)": [100 * entry["accuracy"] for entry in by_cost]},
-            {"macs": "multiply-accumulates per image", "ms": "ms per image"}[self.unit],
-            folder / "dynamic.png",
-        )
+        _draw(report, self.unit, folder / "dynamic.png")
         lines = [f"{'thresholds':44s}  accuracy      cost  left at each stage"]
         for entry in report:
             shown = " ".join(f"{value:.3f}" for value in entry["thresholds"])
@@ -347,6 +342,35 @@ class AnchorNetDynamicLoop(BaseLoop):
             lines.append(line)
         lines.append(f"written to {folder}: dynamic.json, dynamic.csv, dynamic.png")
         self.runner.logger.info("\n".join(["early exit", *lines]))
+
+
+def _draw(report: Sequence[dict[str, Any]], unit: str, path: Path) -> None:
+    """Draw accuracy over cost: given thresholds, and budgets on the half they were not fitted on."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    scale = 1e-6 if unit == "macs" else 1.0
+    figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    names = {
+        "thresholds": ("given thresholds, all images", "o--"),
+        "budget": ("budgets, half not fitted on", "s-"),
+    }
+    for kind, (label, style) in names.items():
+        points = sorted(
+            (e["cost"] * scale, 100 * e["accuracy"]) for e in report if e["kind"] == kind
+        )
+        if points:
+            axis.plot(*zip(*points), style, label=label)
+    axis.set_xlabel("MMACs per image" if unit == "macs" else "ms per image")
+    axis.set_ylabel("top-1 (%)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=140, format="png")
+    plt.close(figure)
+    write_safely(path, picture.getvalue())
 
 
 def _round(values: Any) -> Any:

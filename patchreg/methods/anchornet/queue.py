@@ -53,8 +53,14 @@ class _Item:
 class _Job:
     """Outputs of a batch on their way to the host."""
 
-    def __init__(self, kind: str, items: list[_Item], outputs: tuple[Tensor, ...]) -> None:
-        self.kind, self.items = kind, items
+    def __init__(
+        self,
+        kind: str,
+        items: list[_Item],
+        outputs: tuple[Tensor, ...],
+        images: Tensor | None = None,
+    ) -> None:
+        self.kind, self.items, self.images = kind, items, images
         self.event: Any = None
         if outputs[0].is_cuda:
             outputs = tuple(
@@ -208,9 +214,8 @@ class EarlyExitQueue:
         slots = self._slots(items)
         self.batches["first"] += 1
         logits = self._call("first", self.model.first_logits, images)
-        self.pool[slots] = images
         self.sums[slots] = logits
-        return _Job("first", items, logits.float().softmax(1).max(1))
+        return _Job("first", items, logits.float().softmax(1).max(1), images)
 
     def _find(self, queue: deque[_Item]) -> _Job:
         items = [queue.popleft() for _ in range(min(self.size, len(queue)))]
@@ -269,7 +274,10 @@ class EarlyExitQueue:
         confidences, labels = job.wait()
         stages = [item.stage for item in job.items]
         sure = self.decide([item.index for item in job.items], stages, confidences)
-        for item, stop, confidence, label in zip(job.items, sure, confidences, labels):
+        stay: list[tuple[int, int]] = []
+        for row, (item, stop, confidence, label) in enumerate(
+            zip(job.items, sure, confidences, labels)
+        ):
             seen = [] if item.windows is None else item.windows
             short = item.windows is not None and item.stage == len(seen)
             if stop or short or item.stage == last:
@@ -277,8 +285,13 @@ class EarlyExitQueue:
                 yield Exit(item.index, item.stage, label, confidence, seen[: item.stage])
             elif item.windows is None:
                 unlocated.append(item)
+                stay.append((row, item.slot))
             else:
                 waiting.append(item)
+        if stay and job.images is not None:
+            # Only images that are looked at again are kept.
+            rows, slots = self._to_device([row for row, _ in stay]), [slot for _, slot in stay]
+            self.pool[self._to_device(slots)] = job.images[rows]
 
 
 def _chunks(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
