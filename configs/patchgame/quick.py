@@ -42,6 +42,6 @@ param_scheduler = [
     )
 ]
 auto_scale_lr = dict(enable=False)
-train_cfg = dict(max_epochs=4, val_interval=4)
+train_cfg = dict(max_epochs=3, val_interval=3)
 val_cfg = dict()
 test_cfg = dict()
