@@ -536,3 +536,10 @@ def test_a_patchwise_classifier_in_the_whole_model() -> None:
     few = model.selector
     few.top_k = 2
     assert (model.run(torch.randn(4, 3, 32, 32)).macs < out.dense_macs).all()
+
+
+def test_the_loop_that_the_benchmark_compares_with_gives_the_same() -> None:
+    from patchreg.benchmarks.patchdrop import mask_by_patches
+
+    images, actions = torch.randn(3, 3, 16, 16), (torch.rand(3, 16) < 0.5).float()
+    assert torch.equal(mask_by_patches(images, actions), mask_patches(images, actions))
