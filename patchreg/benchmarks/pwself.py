@@ -185,14 +185,15 @@ def run(device: str) -> list[dict[str, Any]]:
 def _step_figure(device: str, images: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     geometry = geometry_of(images)
     views = [torch.randn(images, 3, *size, device=device) for size in geometry.sizes]
-    own, plain = build(device), build(device)
-    loss = PlainLoss(torch.zeros_like(plain.criterion.center), _matching(own)[1], geometry)
+    # Both steps train the same weights in turn, which need not exist twice.
+    model = build(device)
+    loss = PlainLoss(torch.zeros_like(model.criterion.center), _matching(model)[1], geometry)
 
-    def optimizer(model: Any, **kwargs: Any) -> Any:
+    def optimizer(**kwargs: Any) -> Any:
         trained = [value for value in model.student.parameters() if value.requires_grad]
         return torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.04, **kwargs)
 
-    steps = optimizer(own, fused=True), optimizer(plain, foreach=False)
+    steps = optimizer(fused=True), optimizer(foreach=False)
 
     def wait(call: Callable[[], None]) -> Callable[[], None]:
         def done() -> None:
@@ -203,8 +204,8 @@ def _step_figure(device: str, images: int, dtype: torch.dtype, rounds: int) -> d
         return done
 
     calls = [
-        wait(lambda: own_step(own, geometry, steps[0], views)),
-        wait(lambda: plain_step(plain, loss, steps[1], views)),
+        wait(lambda: own_step(model, geometry, steps[0], views)),
+        wait(lambda: plain_step(model, loss, steps[1], views)),
     ]
     clock = time.process_time if device == "cpu" else time.perf_counter
     ours, theirs = interleave(calls, rounds, clock)

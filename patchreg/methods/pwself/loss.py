@@ -60,20 +60,28 @@ class MatchedCrossEntropy(torch.autograd.Function):
             low = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(low), weight.to(low)
             teacher, teacher_weight = teacher.to(low), teacher_weight.to(low)
-        count = weight.shape[0]
+        # The temperatures go where the tensors are small: into the features, the center, the gradients.
+        student_temperature, teacher_temperature = temperatures
+        scaled = x / student_temperature
+        shift = center / -teacher_temperature
+        count, tokens = weight.shape[0], teacher.shape[1] * teacher.shape[2]
         terms = torch.empty(len(x), dtype=exact, device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=exact)
         # What is copied to the device is copied at once.
         values = matches.weight.to(exact).to(x.device, non_blocking=True)
         places = torch.stack((matches.student, matches.teacher)).to(x.device, non_blocking=True)
+        share = torch.zeros(len(x), dtype=exact, device=x.device).index_add_(0, places[0], values)
         starts = matches.starts.tolist()
-        tokens = teacher.shape[1] * teacher.shape[2]
         images_at_once = max(block // (tokens * count), 1)
         rows_at_once = max(block // count, 1)
         for image in range(0, len(teacher), images_at_once):
             until = min(image + images_at_once, len(teacher))
-            target = (teacher[image:until] @ teacher_weight.t()).to(exact)
-            target = target.sub_(center).div_(temperatures[1]).softmax(3).flatten(0, 2)
+            target = teacher[image:until] @ teacher_weight.t()
+            if target.dtype == exact:
+                target = target.div_(teacher_temperature).add_(shift)
+            else:
+                target = torch.add(shift, target, alpha=1 / teacher_temperature)
+            target = target.softmax(3).flatten(0, 2)
             for row in range(starts[image], starts[until], rows_at_once):
                 stop = min(row + rows_at_once, starts[until])
                 span = slice(
@@ -82,25 +90,21 @@ class MatchedCrossEntropy(torch.autograd.Function):
                 corner = torch.tensor([[row], [image * tokens]], device=x.device)
                 mix = torch.sparse_coo_tensor(
                     places[:, span] - corner,
-                    values[span],
+                    -values[span],
                     (stop - row, len(target)),
                     is_coalesced=False,
                     check_invariants=False,
                 )
-                goal = torch.sparse.mm(mix, target)
-                share = torch.zeros(stop - row, dtype=exact, device=x.device)
-                share.index_add_(0, places[0, span] - row, values[span])
-                part = x[row:stop]
-                logits = (part @ weight.t()).to(exact).div_(temperatures[0])
-                most = logits.amax(1, keepdim=True)
-                product = torch.linalg.vecdot(goal, logits)
-                logits.sub_(most).exp_()
-                mass = logits.sum(1, keepdim=True)
-                terms[row:stop] = share * (mass.log() + most)[:, 0] - product
-                slope = logits.mul_(share[:, None] / mass).sub_(goal).div_(temperatures[0])
-                slope = slope.to(part.dtype)
+                goal = torch.sparse.mm(mix, target)  # of every row, times -1
+                part = (scaled[row:stop] @ weight.t()).log_softmax(1, dtype=exact)
+                terms[row:stop] = torch.linalg.vecdot(goal, part)
+                slope = goal.addcmul_(part.exp_(), share[row:stop, None]).to(x.dtype)
                 torch.mm(slope, weight, out=grad_x[row:stop])
-                grad_weight += slope.t() @ part
+                if slope.dtype == exact:
+                    grad_weight.addmm_(slope.t(), scaled[row:stop])
+                else:
+                    grad_weight += slope.t() @ scaled[row:stop]
+        grad_x /= student_temperature
         ctx.save_for_backward(grad_x, grad_weight)
         return terms
 
@@ -143,7 +147,7 @@ class PWSelfLoss(nn.Module):
             class token and one for all patches; `global` a single one.
         block_size: Logits of the student, and of the teacher, that exist at the same time (at least
             those of the teacher's tokens of one image). None for 2^19 on a CPU, whose cache they fit,
-            and 2^26 on a GPU, but at least 256 tokens of the student: every block is added to the
+            and 2^26 on a GPU, but at least 128 tokens of the student: every block is added to the
             gradient of the last layer.
 
     Raises:
@@ -217,7 +221,7 @@ class PWSelfLoss(nn.Module):
         # One center per token, or one for all, need no copy.
         center = self.center[0] if self.center.shape[1] != 2 else self.center[0, self.place]
         least = 1 << 19 if student.device.type == "cpu" else 1 << 26
-        block = self.block_size or max(least, 256 * self.center.shape[2])
+        block = self.block_size or max(least, 128 * self.center.shape[2])
         terms = MatchedCrossEntropy.apply(
             student,
             student_weight,
