@@ -131,6 +131,20 @@ def test_auto_works_without_torchsort(monkeypatch: pytest.MonkeyPatch) -> None:
         soft_rank(x, backend="torchsort")
 
 
+def test_benchmark_compares_with_torchsort(monkeypatch: pytest.MonkeyPatch) -> None:
+    from patchreg.benchmarks import softrank
+
+    monkeypatch.setattr(softrank, "SIZES", (9,))
+    monkeypatch.setattr(softrank, "ROUNDS", 2)
+    if "torchsort" in BACKENDS:
+        rows = softrank.run("cpu")
+        assert [row["ok"] for row in rows if "error" in row["metric"]] == [True, True]
+        assert [row["unit"] for row in rows] == ["ms", "1e-6", "1e-6", "ms"]
+    monkeypatch.setattr(softrank, "torchsort_kernels", lambda device: None)
+    with pytest.raises(ConfigError, match="torchsort is not installed"):
+        softrank.run("cpu")
+
+
 @pytest.mark.parametrize("case", cases("selection"), ids=lambda case: case["name"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_selection_golden(case: dict[str, Any], backend: str) -> None:

@@ -41,6 +41,7 @@ SMALL = {
     "val_dataloader.dataset.indices": 24,
     "val_dataloader.batch_size": 8,
     "train_cfg.max_epochs": 2,
+    "train_cfg.val_interval": 1,
     "default_hooks.checkpoint": dict(by_epoch=False, interval=3, max_keep_ckpts=9),
     "default_hooks.logger.interval": 1,
 }
@@ -232,6 +233,21 @@ def test_last_layers_are_frozen_for_one_epoch(tmp_path: Path) -> None:
         assert torch.equal(states[2][name], states[5][name])
         assert not torch.equal(states[5][name], states[6][name])
     assert not torch.equal(states[2]["gumbel.logits.weight"], states[3]["gumbel.logits.weight"])
+
+
+def test_other_optimisers_and_clipping(tmp_path: Path) -> None:
+    options = {
+        "optim_wrapper.optimizer": dict(_delete_=True, type="LARS", lr=0.1, weight_decay=1e-4),
+        "optim_wrapper.clip_grad": dict(type="per_tensor", max_norm=3.0),
+        "model.selector.topk": 20,
+        "model.selector.norm": "minmax_image",
+        "model.loss.gather": "full",
+        "train_cfg.max_epochs": 1,
+        "param_scheduler.0.warmup": 0,
+    }
+    found = engine.train(CONFIG, work_dir=str(tmp_path), options={**SMALL, **options})
+    assert 0 <= found["match/top1"] <= 100
+    assert found["match/chance"] == 12.5
 
 
 def test_temperature_hook(tmp_path: Path) -> None:
