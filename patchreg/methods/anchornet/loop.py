@@ -18,6 +18,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import TestLoop
 from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from patchreg.methods.anchornet.budget import (
     calibrate,
@@ -183,7 +184,8 @@ class AnchorNetDynamicLoop(BaseLoop):
         if execute:
             super().__init__(runner, dataloader)
         else:
-            self.dataloader: Any = []
+            # The table stands in for the images, which need not be here.
+            self.dataloader: Any = DataLoader([])  # type: ignore[arg-type]
         if unit not in UNITS:
             raise ConfigError(f"unit={unit!r} is unknown; use one of {UNITS}")
         self.model = ensemble_of(runner)
