@@ -136,7 +136,9 @@ def _rows(label: str, node: Any, kind: Registry, depth: int) -> Iterator[str]:
     for key, value in node.items():
         if key == "type":
             continue
-        (nested if _holds_parts(value) else plain).append((key, value))
+        # The type of a clip_grad is a kind of norm, not a class.
+        built_from = key != "clip_grad" and _holds_parts(value)
+        (nested if built_from else plain).append((key, value))
     arguments = ", ".join(f"{key}={_short(value)}" for key, value in plain)
     name = node.get("type")
     if name is None:
