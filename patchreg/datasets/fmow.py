@@ -42,7 +42,8 @@ class FMoWDataset(_FileDataset):
     Args:
         ann_file: The table; relative to `data_root` unless it exists as given.
         data_root: Folder of the data set.
-        data_prefix: Folder that relative image paths start from; None means `data_root`.
+        data_prefix: Folder that relative image paths start from; None means `data_root`, an empty
+            string the working directory, as in the official code.
         num_classes: Classes; with 62 they have their names.
         pipeline: Transforms, as configs or callables, applied in order; start with `LoadImage`.
         subset: Use only this many images, the same share of every class. None uses all.

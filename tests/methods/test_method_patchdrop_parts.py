@@ -58,14 +58,29 @@ def test_prices_replace_the_count() -> None:
         build(type="PatchDropPolicyLoss", prices=[-1.0, 2.0])
 
 
-def test_surcharge_is_charged_for_right_and_wrong_answers() -> None:
+def test_a_price_moves_the_advantage_and_not_the_reported_reward() -> None:
     loss = build(type="PatchDropPolicyLoss", penalty=-2.0)
     loss.surcharge.fill_(0.5)
-    actions = (torch.arange(16) < 8).float()[None]
-    right, wrong = loss.values(actions)
-    assert right.item() == 0.75 - 0.25
-    assert wrong.item() == -2.0 - 0.25
-    assert "surcharge" in loss.state_dict()
+    actions = (torch.arange(16) < torch.tensor([[8], [4]])).float()
+    assert loss.charge(actions).flatten().tolist() == [0.25, 0.125]
+    assert loss.values(actions)[0].flatten().tolist() == [0.75, 0.9375]
+    assert {"surcharge", "gap"} == set(loss.state_dict())
+    model = patchdrop("pretrain").double().train()
+    images, targets, u = torch.randn(8, 3, 32, 32).double(), torch.arange(8), torch.rand(8, 16)
+    losses = []
+    for price in (0.0, 0.3):
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        feed_draws(model, [u])
+        model.policy_loss.surcharge.fill_(price)
+        losses.append(model.loss(images, labelled(targets)))
+    step = model.last_step
+    more = 0.3 * (step.sampled - step.greedy).mean(1, keepdim=True)
+    log_prob = log_probability(step.sampled, step.probability)
+    assert losses[0]["sampled_reward"] == losses[1]["sampled_reward"]
+    difference = losses[1]["loss_policy"] - losses[0]["loss_policy"]
+    assert abs(difference - (log_prob * more).mean()).item() < 1e-12
 
 
 def test_reductions() -> None:

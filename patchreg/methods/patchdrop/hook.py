@@ -122,9 +122,10 @@ class PatchDropBudgetHook(Hook):
     """Train for a wanted number of patches: a controller finds the price of a patch.
 
     The price comes on top of the reward, whether the answer is right or wrong, and may become
-    negative; it is the multiplier of the constraint "so many patches on average". With the gap
-    e = (kept - target) / P, `kept` being the mean of the greedy decisions, it is proportional * e
-    plus the sum of integral * e over all steps. It is part of the checkpoint.
+    negative; reported rewards are without it. It is the multiplier of the constraint "so many
+    patches on average". With the gap e = (kept - target) / P, `kept` being the mean of the greedy
+    decisions, it is proportional * e plus the sum of integral * e over all steps. It is part of the
+    checkpoint.
 
     Source:
         Own; the official code is tuned by the penalty.

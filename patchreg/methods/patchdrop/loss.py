@@ -123,13 +123,21 @@ class PatchDropPolicyLoss(nn.Module):
             actions [B, P]; returns [B, 1] twice.
         """
         share = self.share(actions)
-        surcharge = self.surcharge.to(share.dtype) * share
         if self.form == "legacy":
-            return 1.5 - share - surcharge, 1 - share - surcharge
-        return (
-            1 - share.pow(self.power) - surcharge,
-            torch.full_like(share, self.penalty) - surcharge,
-        )
+            return 1.5 - share, 1 - share
+        return 1 - share.pow(self.power), torch.full_like(share, self.penalty)
+
+    def charge(self, actions: Tensor) -> Tensor:
+        """Return what a choice costs on top of its reward, in training for a wanted number of patches.
+
+        Args:
+            actions: Decisions, 0 or 1.
+
+        Shape:
+            actions [B, P]; returns [B, 1].
+        """
+        share = self.share(actions)
+        return self.surcharge.to(share.dtype) * share
 
     def forward(self, log_prob: Tensor, advantage: Tensor, active: Tensor | None = None) -> Tensor:
         """Return the loss.

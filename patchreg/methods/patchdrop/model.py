@@ -341,11 +341,12 @@ class PatchDropClassifier(BaseModel):
         with torch.no_grad():
             reward, right = self.policy_loss.reward(sampled_logits, targets, sampled)
             baseline, greedy_right = self.policy_loss.reward(greedy_logits, targets, greedy)
+            charged = self.policy_loss.charge(sampled) - self.policy_loss.charge(greedy)
         losses = {}
         if bounded.requires_grad:
             log_prob = log_probability(sampled, bounded)
             active = None if self.active is None else self.active.to(log_prob)
-            losses["loss_policy"] = self.policy_loss(log_prob, reward - baseline, active)
+            losses["loss_policy"] = self.policy_loss(log_prob, reward - baseline - charged, active)
         if self.stage != "pretrain":
             losses["loss_cls"] = self.class_weight * F.cross_entropy(sampled_logits, targets)
         self.last_step = PatchDropStep(
