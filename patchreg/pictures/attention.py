@@ -177,11 +177,12 @@ def enlarged(cells: Tensor, side: int) -> np.ndarray:
     return cells.repeat_interleave(side, 0).repeat_interleave(side, 1).numpy()
 
 
-def coloured(values: np.ndarray) -> np.ndarray:
-    """Return values as colours from black to yellow (inferno), over their own range.
+def coloured(values: np.ndarray, colours: str = "viridis") -> np.ndarray:
+    """Return values as colours, over their own range.
 
     Args:
         values: Values.
+        colours: Colour map of matplotlib.
 
     Shape:
         values [H, W]; returns [H, W, 3] uint8.
@@ -190,7 +191,7 @@ def coloured(values: np.ndarray) -> np.ndarray:
 
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
-    return (255 * colormaps["inferno"](scaled)[..., :3]).round().astype(np.uint8)
+    return colormaps[colours](scaled, bytes=True)[..., :3]
 
 
 def whole_patches(image: np.ndarray, side: int) -> np.ndarray:
@@ -224,7 +225,7 @@ def draw_attention(
 ) -> list[str]:
     """Draw one picture per head, with a threshold its mask too, and all heads side by side.
 
-    Writes `img.png`, `attn-head<h>.png`, `mask_th<t>_head<h>.png` and `heads.png`.
+    Writes `img.png`, `attn-head<h>.png`, `mask_th<t>_head<h>.png` and `heads.png` with all of them.
 
     Source:
         DINO's `visualize_attention.py`.
@@ -242,15 +243,19 @@ def draw_attention(
     image = scaled(TRANSFORMS.build(dict(type="LoadImage"))(dict(img_path=source))["img"], size)
     image = whole_patches(image, model.patch_size)
     attention = model(image)
-    pictures = {"img.png": image}
-    for head, cells in enumerate(attention):
-        pictures[f"attn-head{head}.png"] = coloured(enlarged(cells, model.patch_size))
+    side = model.patch_size
+    rows = [
+        {f"attn-head{head}.png": coloured(enlarged(c, side)) for head, c in enumerate(attention)}
+    ]
     if threshold is not None:
-        for head, cells in enumerate(attention_mask(attention, threshold)):
-            mask = enlarged(cells, model.patch_size)
-            name = f"mask_th{threshold:g}_head{head}.png"
-            pictures[name] = masked(image, mask)
-    pictures["heads.png"] = np.concatenate(list(pictures.values()), axis=1)
+        kept = attention_mask(attention, threshold)
+        names = [f"mask_th{threshold:g}_head{head}.png" for head in range(len(kept))]
+        masks = [masked(image, enlarged(cells, side)) for cells in kept]
+        rows.append(dict(zip(names, masks, strict=True)))
+    sheet = [np.concatenate([image, *row.values()], axis=1) for row in rows]
+    pictures = {"img.png": image, "heads.png": np.concatenate(sheet)}
+    for row in rows:
+        pictures |= row
     for name, pixels in pictures.items():
         save(Path(out, name), pixels)
     return list(pictures)
@@ -351,7 +356,8 @@ def draw_video(arguments: argparse.Namespace) -> str:
             if arguments.threshold is not None:
                 attention = attention * attention_mask(attention, arguments.threshold)
             path = out / "attention" / f"attn-{frame.stem}.jpg"
-            save(path, coloured(enlarged(attention.mean(0), model.patch_size)))
+            mean = enlarged(attention.mean(0), model.patch_size)
+            save(path, coloured(mean, "inferno"))
             pictures.append(path)
             print(f"\rframe {number} of {len(frames)}", end="", flush=True)
         print()

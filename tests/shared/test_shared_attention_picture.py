@@ -82,9 +82,9 @@ def test_mask_keeps_the_largest_cells_that_hold_the_share() -> None:
 def test_cells_become_squares_and_colours() -> None:
     large = enlarged(torch.tensor([[0.0, 1.0]]), 3)
     assert large.tolist() == [[0, 0, 0, 1, 1, 1]] * 3
-    colours = coloured(large)
+    colours = coloured(large, "inferno")
     assert colours[0, 0].max() <= 5
-    assert colours[0, 5].tolist() == [252, 255, 164]
+    assert colours[0, 5].tolist() == [252, 254, 164]
     assert coloured(np.ones((2, 2))).shape == (2, 2, 3)
 
 
