@@ -558,3 +558,42 @@ def test_the_loop_that_the_benchmark_compares_with_gives_the_same() -> None:
 
     images, actions = torch.randn(3, 3, 16, 16), (torch.rand(3, 16) < 0.5).float()
     assert torch.equal(mask_by_patches(images, actions), mask_patches(images, actions))
+
+
+# networks and views -----------------------------------------------------------------------------
+
+
+def test_views_that_average() -> None:
+    images = torch.randn(2, 3, 32, 32)
+    view = dict(type="LowResolutionViewPreprocessor", size=8)
+    area = build(**view, mode="area")(images)
+    assert torch.allclose(area, torch.nn.functional.avg_pool2d(images, 4), atol=1e-6)
+    smooth = build(**view, mode="bilinear")(images)
+    assert smooth.std() < 0.4 * images.std() < build(**view)(images).std()
+    assert build(type="LowResolutionViewPreprocessor", size=32)(images) is images
+    normalise = build(type="ImagePreprocessor", mean=(0, 0, 0), std=(1, 1, 1), view=view)
+    given = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    found = normalise(dict(inputs=given))["inputs"]
+    assert torch.equal(found, given[:, :, ::4, ::4].float())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(type="LowResolutionViewPreprocessor", size=0),
+        dict(type="LowResolutionViewPreprocessor", size=8, enlarge_to=4),
+        dict(type="LowResolutionViewPreprocessor", size=8, mode="cubic"),
+        dict(type="ThinCIFARResNetBackbone", depth=10),
+        dict(type="CIFARResNetBackbone", num_blocks=(1, 1, 0, 1)),
+        dict(type="PatchDropFixedSelector", pattern="circle"),
+        dict(type="PatchDropFixedSelector", pattern="rows", keep=17),
+        dict(type="PatchDropPolicyLoss", reduction="mean"),
+        dict(type="PatchDropPolicyLoss", form="linear"),
+        policy(pool="max"),
+        policy(threshold=1.0),
+        policy(top_k=17),
+    ],
+)
+def test_values_that_mean_nothing(config: dict) -> None:
+    with pytest.raises(ConfigError):
+        build(**config)
