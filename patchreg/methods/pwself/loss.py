@@ -6,6 +6,7 @@ channels, K prototypes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,12 +51,12 @@ class MatchedCrossEntropy(torch.autograd.Function):
             center: Center of each token of a view, or one for all.
             matches: Pairs of tokens.
             temperatures: Those of student and teacher.
-            block: Logits of each side that exist at the same time.
+            block: Logits that exist at the same time.
 
         Shape:
             x [N, C]; weights [K, C]; teacher [B, U, T, C]; center [T, K] or [1, K]; returns [N].
         """
-        exact = center.dtype
+        exact, types = center.dtype, (x.dtype, weight.dtype)
         if torch.is_autocast_enabled(x.device.type):
             low = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(low), weight.to(low)
@@ -64,48 +65,52 @@ class MatchedCrossEntropy(torch.autograd.Function):
         student_temperature, teacher_temperature = temperatures
         scaled = x / student_temperature
         shift = center / -teacher_temperature
-        count, tokens = weight.shape[0], teacher.shape[1] * teacher.shape[2]
-        terms = torch.empty(len(x), dtype=exact, device=x.device)
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=exact)
+        terms = torch.zeros(len(x), dtype=exact, device=x.device)
+        grad_x = torch.zeros_like(x, dtype=exact)
+        grad_weight = torch.zeros_like(weight, dtype=exact)
         # What is copied to the device is copied at once.
         values = matches.weight.to(exact).to(x.device, non_blocking=True)
         places = torch.stack((matches.student, matches.teacher)).to(x.device, non_blocking=True)
-        share = torch.zeros(len(x), dtype=exact, device=x.device).index_add_(0, places[0], values)
-        starts = matches.starts.tolist()
-        images_at_once = max(block // (tokens * count), 1)
-        rows_at_once = max(block // count, 1)
-        for image in range(0, len(teacher), images_at_once):
-            until = min(image + images_at_once, len(teacher))
-            target = teacher[image:until] @ teacher_weight.t()
-            if target.dtype == exact:
-                target = target.div_(teacher_temperature).add_(shift)
-            else:
-                target = torch.add(shift, target, alpha=1 / teacher_temperature)
-            target = target.softmax(3).flatten(0, 2)
-            for row in range(starts[image], starts[until], rows_at_once):
-                stop = min(row + rows_at_once, starts[until])
-                span = slice(
-                    *torch.searchsorted(matches.student, torch.tensor([row, stop])).tolist()
-                )
-                corner = torch.tensor([[row], [image * tokens]], device=x.device)
-                mix = torch.sparse_coo_tensor(
-                    places[:, span] - corner,
-                    -values[span],
-                    (stop - row, len(target)),
-                    is_coalesced=False,
-                    check_invariants=False,
-                )
-                goal = torch.sparse.mm(mix, target)  # of every row, times -1
-                part = (scaled[row:stop] @ weight.t()).log_softmax(1, dtype=exact)
-                terms[row:stop] = torch.linalg.vecdot(goal, part)
-                slope = goal.addcmul_(part.exp_(), share[row:stop, None]).to(x.dtype)
-                torch.mm(slope, weight, out=grad_x[row:stop])
-                if slope.dtype == exact:
-                    grad_weight.addmm_(slope.t(), scaled[row:stop])
-                else:
-                    grad_weight += slope.t() @ scaled[row:stop]
+        share = torch.zeros_like(terms).index_add_(0, places[0], values)
+        for images, rows, pairs, spans in _plan(matches, teacher, weight.shape[0], block):
+            start = torch.tensor([[rows.start], [images.start * tokens_of(teacher)]])
+            targets = teacher[images]
+            mix = torch.sparse_coo_tensor(
+                places[:, pairs] - start.to(x.device),
+                -values[pairs],
+                (rows.stop - rows.start, targets[..., 0].numel()),
+                check_invariants=False,
+            ).coalesce()
+
+            def teacher_logits(span: slice, targets: Tensor = targets) -> Tensor:
+                part = targets @ teacher_weight[span].t()
+                part = torch.add(shift[:, span], part, alpha=1 / teacher_temperature)
+                return part.flatten(0, 2)
+
+            def student_logits(span: slice, rows: slice = rows) -> Tensor:
+                return (scaled[rows] @ weight[span].t()).to(exact)
+
+            kinds: tuple[Callable[[slice], Tensor], ...] = (teacher_logits, student_logits)
+            # With a single span the logits are kept, with several they are made twice.
+            kept = [kind(spans[0]) for kind in kinds] if len(spans) == 1 else None
+            sums = []
+            for number, kind in enumerate(kinds):
+                total = (kept[number] if kept else kind(spans[0])).logsumexp(1)
+                for span in spans[1:]:
+                    total = torch.logaddexp(total, kind(span).logsumexp(1))
+                sums.append(total[:, None])
+            for span in spans:
+                target, part = kept or [kind(span) for kind in kinds]
+                # The goal of every row, times -1.
+                goal = torch.sparse.mm(mix, target.sub_(sums[0]).exp_())
+                part -= sums[1]
+                terms[rows] += torch.linalg.vecdot(goal, part)
+                slope = goal.addcmul_(part.exp_(), share[rows, None]).to(x.dtype)
+                grad_x[rows] += slope @ weight[span]
+                grad_weight[span] += slope.t() @ scaled[rows]
         grad_x /= student_temperature
         ctx.save_for_backward(grad_x, grad_weight)
+        ctx.types = types
         return terms
 
     @staticmethod
@@ -122,7 +127,42 @@ class MatchedCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         # The caller sums the tokens, so all of them have one gradient.
         scale = grad[0]
-        return grad_x * scale, grad_weight * scale, None, None, None, None, None, None
+        found = (grad_x * scale).to(ctx.types[0]), (grad_weight * scale).to(ctx.types[1])
+        return *found, None, None, None, None, None, None
+
+
+def tokens_of(teacher: Tensor) -> int:
+    """Return how many tokens the teacher has per image.
+
+    Args:
+        teacher: Its features.
+
+    Shape:
+        teacher [B, U, T, C].
+    """
+    return teacher.shape[1] * teacher.shape[2]
+
+
+def _plan(
+    matches: TokenMatches, teacher: Tensor, count: int, block: int
+) -> Iterator[tuple[slice, slice, slice, list[slice]]]:
+    """Cut the work into images, their rows, their pairs, and spans of prototypes.
+
+    Several images at a time where their logits fit into the block, else one image and a part of the
+    prototypes at a time.
+    """
+    starts = matches.starts
+    firsts = torch.searchsorted(matches.student, starts).tolist()
+    width = int(starts.diff().max()) + tokens_of(teacher)
+    at_once = max(block // (width * count), 1)
+    chunk = min(count, max(block // width, 1))
+    # Spans of equal length, so that the last one is not a sliver.
+    chunk = -(-count // -(-count // chunk))
+    spans = [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    for image in range(0, len(teacher), at_once):
+        until = min(image + at_once, len(teacher))
+        rows = slice(int(starts[image]), int(starts[until]))
+        yield slice(image, until), rows, slice(firsts[image], firsts[until]), spans
 
 
 @MODELS.register_module()
@@ -145,10 +185,9 @@ class PWSelfLoss(nn.Module):
         center_momentum: m, in [0, 1].
         center_mode: `per_position` has one center per token, as published; `cls_patch` one for the
             class token and one for all patches; `global` a single one.
-        block_size: Logits of the student, and of the teacher, that exist at the same time (at least
-            those of the teacher's tokens of one image). None for 2^19 on a CPU, whose cache they fit,
-            and 2^26 on a GPU, but at least 128 tokens of the student: every block is added to the
-            gradient of the last layer.
+        block_size: Logits that exist at the same time; None for 2^19 on a CPU, whose cache they fit,
+            and 2^27 on a GPU. Where those of one image do not fit, they are made twice, a part of
+            the prototypes at a time.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -220,8 +259,7 @@ class PWSelfLoss(nn.Module):
         by_image = teacher.detach().unflatten(0, (views, images)).transpose(0, 1)
         # One center per token, or one for all, need no copy.
         center = self.center[0] if self.center.shape[1] != 2 else self.center[0, self.place]
-        least = 1 << 19 if student.device.type == "cpu" else 1 << 26
-        block = self.block_size or max(least, 128 * self.center.shape[2])
+        block = self.block_size or (1 << 19 if student.device.type == "cpu" else 1 << 27)
         terms = MatchedCrossEntropy.apply(
             student,
             student_weight,
