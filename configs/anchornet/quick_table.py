@@ -2,8 +2,8 @@
 
     python tools/test.py configs/anchornet/quick_table.py
 
-Hardware and hours: 1 CPU core, 20 seconds.
-Expected: see quick.py.
+Hardware and hours: 1 CPU core, 30 seconds.
+Expected: 73.8, 75.7, 76.3, 76.3 top-1 after 1, 2, 3, 4 views (seed 0).
 """
 
 _base_ = [
