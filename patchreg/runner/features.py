@@ -22,8 +22,8 @@ from patchreg.registry import LOOPS
 from patchreg.utils.errors import ConfigError
 from patchreg.utils.files import replace_safely
 
-SAMPLED = 1024
-"""Images of a data set whose content or file goes into the key of its features."""
+SAMPLED_IMAGES, SAMPLED_FILES = 256, 50_000
+"""Images in memory, and files, of a data set that go into the key of its features at most."""
 
 
 @LOOPS.register_module()
@@ -156,8 +156,8 @@ class FeatureTestLoop(TestLoop):
 def feature_key(model: Any, loader: DataLoader) -> str:
     """Return a key of a model, its weights and a data set, equal exactly when their features are.
 
-    All weights are hashed. Of the images, the labels, the number and a sample are hashed: the pixels
-    where they lie in memory, else path, size and time of change of the file.
+    All weights and labels are hashed, and of the images, at most some evenly spread ones: their
+    pixels where they lie in memory, else path, size and time of change of their files.
 
     Args:
         model: The model.
@@ -179,7 +179,8 @@ def feature_key(model: Any, loader: DataLoader) -> str:
     found.update(json.dumps(facts, sort_keys=True).encode())
     if hasattr(dataset, "get_gt_labels"):
         found.update(np.asarray(dataset.get_gt_labels()).tobytes())
-    for index in np.unique(np.linspace(0, len(dataset) - 1, SAMPLED).astype(int)):
+    most = SAMPLED_IMAGES if "img" in dataset.get_data_info(0) else SAMPLED_FILES
+    for index in np.unique(np.linspace(0, len(dataset) - 1, most).astype(int)):
         found.update(_identity(dataset.get_data_info(int(index))))
     return found.hexdigest()[:32]
 
