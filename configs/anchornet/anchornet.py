@@ -2,7 +2,7 @@
 
     tools/dist_train.sh configs/anchornet/anchornet.py 8
 
-Hardware and hours: 256 images over all processes, 100 epochs; not run here.
+Hardware and hours: 8 GPUs x 32 images, 100 epochs; not run here.
 Expected: not published (the authors' repository gives a checkpoint without a figure).
 """
 

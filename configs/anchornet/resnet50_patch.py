@@ -3,7 +3,7 @@
     tools/dist_train.sh configs/anchornet/resnet50_patch.py 8
 
 The start is torchvision's ImageNet file of the network, converted as for resnet50_resized.py.
-Hardware and hours: 256 images over all processes, 30 epochs; not run here.
+Hardware and hours: 8 GPUs x 32 images, 30 epochs; not run here.
 Expected: not published.
 """
 

@@ -265,6 +265,18 @@ def test_downstream_networks_are_torchvision_s(name: str, seed: int, scale: floa
     assert close(crop, file[f"{name}.logits_crop"], 1e-4)
 
 
+def test_networks_of_timm_take_the_place_of_torchvision_s() -> None:
+    pytest.importorskip("timm", reason="a network of timm is built: pip install timm")
+    ours = recipe_network("resnet18", 31, 0.1)
+    backbone = dict(type="TimmBackbone", model_name="resnet18", num_classes=1000)
+    other = MODELS.build(dict(type="AnchorNetViewClassifier", backbone=backbone)).eval()
+    other.backbone.model.load_state_dict(ours.backbone.model.state_dict())
+    images = torch.randn(2, 3, 95, 95, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        assert close(other(images), ours(images), 1e-5)
+    assert other.view_macs((3, 95, 95)) == ours.view_macs((3, 95, 95)) == 333_615_104
+
+
 def test_losses_and_five_crops_on_logits() -> None:
     file = golden("downstream_train")
     head = HEADS.build(dict(type="AnchorNetLogitsHead"))

@@ -1,4 +1,4 @@
-"""ImageNet-1k at 224 px as AnchorNet reads it."""
+"""ImageNet-1k at 224 px as AnchorNet reads it: 256 images per step, 32 on each of 8 processes."""
 
 _data_root = "data/imagenet"
 
@@ -29,8 +29,8 @@ _val_pipeline = [
 ]
 
 train_dataloader = dict(
-    batch_size=256,
-    num_workers=16,
+    batch_size=32,
+    num_workers=8,
     persistent_workers=True,
     pin_memory=True,
     sampler=dict(type="DefaultSampler", shuffle=True),

@@ -82,6 +82,7 @@ def choose_windows(
         raise InputTypeError(f"maps have type {cam.dtype}; expected a floating type")
     if cam.ndim != 3:
         raise DataError(f"maps have shape {tuple(cam.shape)}; expected [images, rows, columns]")
+    cam = cam.detach()
     # A sum in float64 is finite when all its terms are.
     sound = cam.flatten(1).sum(1, dtype=torch.float64).isfinite()
     if cam.device.type == "cpu" and not bool(sound.all()):
