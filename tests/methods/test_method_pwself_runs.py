@@ -383,3 +383,31 @@ def test_every_flag_of_the_authors_reaches_its_part() -> None:
         },
     )
     assert config.model.head.out_dim == 1000
+
+
+# benchmark
+
+
+def test_benchmark_compares_with_the_same_loss() -> None:
+    from patchreg.benchmarks import pwself as benchmark
+    from patchreg.methods.pwself.loss import PWSelfLoss
+    from patchreg.methods.pwself.matching import match_batch, match_pair
+
+    geometry = benchmark.geometry_of(2)
+    tokens = [1 + (size[0] // benchmark.PATCH) ** 2 for size in geometry.sizes]
+    assert tokens == [197] * 2 + [37] * 8
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(4, 197, 50, generator=generator, dtype=torch.float64)
+    student = [
+        torch.randn(4, 197, 50, generator=generator, dtype=torch.float64),
+        torch.randn(16, 37, 50, generator=generator, dtype=torch.float64),
+    ]
+    plain = benchmark.PlainLoss(torch.zeros(1, 197, 50), match_pair, geometry)
+    expected = plain(student, teacher)
+    own = PWSelfLoss(50, 197).double()
+    matches = match_batch(geometry, benchmark.PATCH)
+    flat = torch.cat([part.flatten(0, 1) for part in student])[matches.rows]
+    found = own(flat, torch.eye(50).double(), teacher, torch.eye(50).double(), matches)
+    # The plain one takes log-probabilities in float32.
+    assert found["loss_pwself"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(own.center.float(), plain.center, atol=1e-6)
