@@ -115,6 +115,22 @@ def test_gradients_take_the_plain_way():
     assert model.blocks[0].mlp.fc1.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("trained", ["blocks.2.mlp.fc1", "blocks.3.norm1", "norm"])
+def test_one_trained_part_takes_the_plain_way(trained):
+    """Evaluation mode with gradients of some parameters only, as when the others are frozen."""
+    model = backbone()
+    inputs = images()
+    expected = model(inputs).tokens.detach()
+    model.requires_grad_(False)
+    part = model.get_submodule(trained).requires_grad_()
+    found = model(inputs).tokens
+    close(found.detach(), expected, 1e-12)
+    found.square().sum().backward()
+    assert part.weight.grad.abs().max() > 0
+    part.requires_grad_(False)
+    assert not model(inputs).tokens.requires_grad
+
+
 def test_autocast_takes_the_plain_way():
     model = backbone(dtype=torch.float32)
     inputs = images(dtype=torch.float32)

@@ -175,11 +175,14 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tens
 
 
 def _per_image(query: Tensor, key: Tensor, value: Tensor, counts: list[int]) -> Tensor:
+    if not counts:
+        return query.flatten(1)
+    parts = zip(counts, query.split(counts), key.split(1), value.split(1), strict=True)
     pieces = [
-        attend(part.transpose(0, 1).unsqueeze(0), key[index : index + 1], value[index : index + 1])
+        attend(part.transpose(0, 1).unsqueeze(0), image_key, image_value)
         .transpose(1, 2)
         .reshape(count, query[0].numel())
-        for index, (count, part) in enumerate(zip(counts, query.split(counts)))
+        for count, part, image_key, image_value in parts
         if count
     ]
     if len(pieces) == 1:

@@ -32,6 +32,18 @@ from patchreg.models.backbones.pvt import SpatialReductionAttention
 from patchreg.models.layers import Mlp, drop_path
 
 
+def needs_gradient(module: nn.Module, x: Tensor) -> bool:
+    """Say whether a pass of a module has to remember how to go back.
+
+    Args:
+        module: Module that is run.
+        x: Its input.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(value.requires_grad for value in module.parameters())
+
+
 class HostCopy:
     """Copy of the queries per image to the host; the device runs on until they are read.
 
@@ -238,9 +250,7 @@ class DGEBlock(nn.Module):
         """
         if self.training or torch.is_autocast_enabled(x.device.type):
             return False
-        weight = self.norm1.weight
-        grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        return not grad and weight.dtype == x.dtype
+        return self.norm1.weight.dtype == x.dtype and not needs_gradient(self, x)
 
     def infer(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchreg.methods.dge.block import DGEBlock, Prepared
+from patchreg.methods.dge.block import DGEBlock, Prepared, needs_gradient
 from patchreg.methods.dge.cost import Routing, check_accounting, spread_regions
 from patchreg.methods.dge.router import DynamicGrainedEncoder, check_splits
 from patchreg.models.backbones.vit import VisionTransformerBackbone
@@ -250,7 +250,8 @@ class DGEVisionTransformerBackbone(VisionTransformerBackbone):
         routing = Routing(constants=self.embedding_macs(grid))
         # Evaluation in one go: every block leaves what the next one, or the last norm, starts with.
         blocks: Any = self.blocks
-        fused = path == "sparse" and noise is None and blocks[0].fuses(x)
+        fused = path == "sparse" and noise is None and not needs_gradient(self, x)
+        fused = fused and all(block.fuses(x) for block in blocks)
         prepared: Prepared | None = None
         kept = []
         for index, block in enumerate(blocks):

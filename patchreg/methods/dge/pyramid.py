@@ -14,7 +14,7 @@ import torch
 from patchreg_ops import bilinear_pointwise
 from torch import Tensor, nn
 
-from patchreg.methods.dge.block import DGEBlock, Prepared
+from patchreg.methods.dge.block import DGEBlock, Prepared, needs_gradient
 from patchreg.methods.dge.cost import Routing
 from patchreg.methods.dge.model import check_modes, draw_drop_path, reset_routers
 from patchreg.methods.dge.router import check_splits
@@ -175,16 +175,18 @@ class DGEPyramidVisionTransformerBackbone(PyramidVisionTransformerBackbone):
         for stage in range(len(self.depths)):
             following += [block.norm1 for block in self.blocks(stage)][1:] + [None]
         prepared: Prepared | None = None
+        fused = path == "sparse" and noise is None and not needs_gradient(self, images)
 
         def run(stage: int, number: int, block: Any, x: Tensor) -> Tensor:
             nonlocal prepared
             way = "front" if skips and number == depth - 1 else path
             extra = self.stage_extra(stage)
-            if path == "sparse" and noise is None and block.fuses(x):
+            if fused and block.fuses(x):
                 x, record, prepared = block.infer(
                     x, grids[stage], extra, way, prepared, following[number]
                 )
             else:
+                prepared = None
                 x, record = block(x, grids[stage], extra, way, noises[number], uniforms[number])
             routing.blocks.append(record)
             if number in out_blocks:
