@@ -217,6 +217,24 @@ def test_selection_tells_windows_in_the_common_vocabulary() -> None:
     assert selection.macs[0] == selection.dense_macs == model.backbone.macs((3, 127, 143)) + 512e3
 
 
+def test_a_network_with_padding_scores_windows_by_the_mean_of_their_cells() -> None:
+    net = dict(type="TorchvisionBackbone", model_name="resnet18", output="map")
+    head = dict(type="AnchorNetCAMHead", num_classes=9, in_channels=512)
+    model = MODELS.build(
+        dict(type="AnchorNetClassifier", backbone=net, head=head, window_cells=3)
+    ).eval()
+    images = torch.randn(2, 3, 192, 160, generator=torch.Generator().manual_seed(3))
+    found = model.localise(images)
+    assert (found.window.side, found.window.stride, found.grid) == (96, 32, (4, 3))
+    cam = model.head.cam(model.extract(images), found.logits.argmax(1))
+    assert torch.allclose(found.cam[1, 2, 1], cam[1, 2:5, 1:4].mean(), atol=1e-6)
+    assert model.select(images).boxes[..., 2:].max() <= 192
+    with pytest.raises(DataError, match="2 x 2 cells is smaller than one window of 3 x 3"):
+        model.localise(images[..., :64, :64])
+    with pytest.raises(ConfigError, match="give window_cells"):
+        MODELS.build(dict(type="AnchorNetClassifier", backbone=net, head=head))
+
+
 def test_views_are_the_published_ones() -> None:
     file = golden("crop_resize")
     cam, boxes = file["cam"], file["boxes"]

@@ -126,8 +126,8 @@ class AnchorNetClassifier(PatchClassifier):
 
     @property
     def min_image_size(self) -> int:
-        """Shortest side of an image that can be localised in, in px; 0 where it is not known."""
-        return self.backbone.window.side if self.window_cells is None else 0
+        """Shortest side of an image that can be localised in, in px; at stride 32 with `window_cells`."""
+        return self.backbone.window.side if self.window_cells is None else 32 * self.window_cells
 
     def extract(self, inputs: Tensor) -> TokenFeatures:
         """Run the backbone.
@@ -175,6 +175,11 @@ class AnchorNetClassifier(PatchClassifier):
         if self.window_cells is None:
             window = self.backbone.window
         else:
+            if min(features.grid) < self.window_cells:
+                raise DataError(
+                    f"a map of {features.grid[0]} x {features.grid[1]} cells is smaller than one window of "
+                    f"{self.window_cells} x {self.window_cells}; use larger images or a smaller window_cells"
+                )
             stride = height // features.grid[0]
             window = Window(self.window_cells * stride, stride)
             cam = F.avg_pool2d(cam, self.window_cells, 1)
