@@ -13,7 +13,13 @@ _base_ = ["../_base_/runtime.py", "../_base_/evaluation/knn_cifar10.py"]
 
 model = dict(
     type="FeatureExtractor",
-    backbone=dict(type="PatchGameResNetBackbone"),
-    pool="mean",
+    backbone=dict(
+        type="VisionTransformerBackbone",
+        arch=dict(embed_dims=96, depth=3, num_heads=3),
+        img_size=32,
+        patch_size=4,
+        mlp_ratio=2,
+    ),
+    pool="cls",
     checkpoint_key="receiver.vision",
 )

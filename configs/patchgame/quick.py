@@ -17,7 +17,7 @@ _vit = dict(
     mlp_ratio=2,
 )
 model = dict(
-    backbone=dict(_delete_=True, type="PatchGameResNetBackbone"),
+    backbone=dict(_vit, arch=dict(embed_dims=96, depth=3, num_heads=3)),
     ranker=dict(_vit, arch=dict(embed_dims=64, depth=1, num_heads=2)),
     symbol=_vit,
     selector=dict(count=64),
