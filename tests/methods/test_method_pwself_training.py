@@ -9,10 +9,13 @@ import golden_reader
 import numpy as np
 import pytest
 import torch
+from mmengine.dataset import default_collate
 from PIL import Image
 from pwself_helpers import below, cast, error, tolerance
 from torch import Tensor
 
+from patchreg.datasets.keyed import KeyedDataset
+from patchreg.datasets.samplers import DefaultSampler
 from patchreg.methods.pwself.loss import PWSelfLoss
 from patchreg.methods.pwself.matching import TokenMatches, match_batch, match_pair
 from patchreg.models.multi_view import MultiViewPreprocessor
@@ -340,6 +343,63 @@ def test_each_colour_step_on_a_batch_is_that_of_pillow() -> None:
         assert (found - torch.tensor(expected)).abs().mean() < 1.0, change
         moved = (torch.tensor(expected).float() - image).abs().mean()
         assert moved > 2 or change == dict(radius=0.1), "the step does nothing"
+
+
+class Grays:
+    """Eight gray images of different sizes."""
+
+    def __init__(self, geometry: str) -> None:
+        views = [dict(num=2, size=16, scale=(0.4, 1.0)), dict(size=8, scale=(0.1, 0.4))]
+        self.cut = MultiView(views, source_size=32, geometry=geometry, photometry="device")
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.cut(dict(img=np.full((20 + index, 40, 3), index, dtype=np.uint8)))
+
+
+def boxes_of(geometry: str, ranks: int, rank: int = 0, epoch: int = 0) -> list[Tensor]:
+    """Boxes of the two batches of an epoch, for one of the processes that share four images."""
+    dataset = KeyedDataset(Grays(geometry), seed=5)
+    sampler = DefaultSampler(dataset, shuffle=True, seed=5)
+    sampler.rank, sampler.world_size, sampler.num_samples = rank, ranks, 8 // ranks
+    sampler.set_epoch(epoch)
+    order = list(sampler)
+    size = 4 // ranks
+    found = []
+    for start in range(0, len(order), size):
+        samples = dataset.__getitems__(order[start : start + size])
+        found.append(torch.stack([sample["views"]["boxes"] for sample in samples]))
+    return found
+
+
+def test_shared_geometry_is_shared_by_the_global_batch_only() -> None:
+    first, second = boxes_of("shared", 1)
+    assert bool((first == first[:1]).all())
+    assert bool((second == second[:1]).all())
+    assert not torch.equal(first[0], second[0])
+    assert not torch.equal(first[0], boxes_of("shared", 1, epoch=1)[0][0])
+    for rank in range(2):
+        halves = boxes_of("shared", 2, rank)
+        assert torch.equal(halves[0][0], first[0])
+        assert torch.equal(halves[1][0], second[0])
+    first, second = boxes_of("per_image", 1)
+    assert len({tuple(box.flatten().tolist()) for box in (*first, *second)}) == 8
+
+
+def test_views_without_photometry_left_to_do_are_only_normalised() -> None:
+    sample = Grays("per_image")[3]
+    assert [tuple(view.shape) for view in sample["inputs"]] == [(3, 16, 16)] * 2 + [(3, 8, 8)]
+    assert tuple(sample["views"]["photometry"].shape) == (3, len(FIELDS))
+    preprocess = MultiViewPreprocessor(mean=(1.0,) * 3, std=(2.0,) * 3)
+    batch = default_collate([sample, sample])
+    changed = preprocess(batch, True)
+    assert changed["geometry"].num_views == 3
+    assert len(changed["geometry"]) == 2
+    batch["views"]["photometry"] = torch.zeros(2, 0)
+    plain = preprocess(batch, True)["inputs"]
+    assert torch.equal(plain[0], torch.ones(2, 3, 16, 16))
 
 
 def test_bad_views_are_refused() -> None:

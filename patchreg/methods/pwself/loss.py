@@ -68,8 +68,10 @@ class MatchedCrossEntropy(torch.autograd.Function):
         terms = torch.zeros(len(x), dtype=exact, device=x.device)
         grad_x = torch.zeros_like(x, dtype=exact)
         grad_weight = torch.zeros_like(weight, dtype=exact)
+        # The largest weight counts 1 until the end, so that float16 gradients do not vanish.
+        unit = float(matches.weight.max())
         # What is copied to the device is copied at once.
-        values = matches.weight.to(exact).to(x.device, non_blocking=True)
+        values = (matches.weight / unit).to(exact).to(x.device, non_blocking=True)
         places = torch.stack((matches.student, matches.teacher)).to(x.device, non_blocking=True)
         share = torch.zeros_like(terms).index_add_(0, places[0], values)
         for images, rows, pairs, spans in _plan(matches, teacher, weight.shape[0], block):
@@ -108,7 +110,9 @@ class MatchedCrossEntropy(torch.autograd.Function):
                 slope = goal.addcmul_(part.exp_(), share[rows, None]).to(x.dtype)
                 grad_x[rows] += slope @ weight[span]
                 grad_weight[span] += slope.t() @ scaled[rows]
-        grad_x /= student_temperature
+        terms *= unit
+        grad_x *= unit / student_temperature
+        grad_weight *= unit
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.types = types
         return terms
