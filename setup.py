@@ -56,6 +56,7 @@ def extension_arguments():
     """ext_modules and cmdclass for setup(), empty when nothing can be built."""
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ops/csrc/*.cpp"))
     kernels = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ops/csrc/*.cu"))
+    headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ops/csrc/*.*h"))
     if MODE == "0":
         report("not built: PATCHREG_BUILD_OPS=0")
         return {}
@@ -85,6 +86,7 @@ def extension_arguments():
             include_dirs=wheel_includes(torch) if with_cuda else [],
             extra_compile_args=flags,
             extra_link_args=["-fopenmp"],
+            depends=headers,
         )
 
     class BuildOps(cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)):
