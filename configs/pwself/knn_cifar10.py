@@ -12,9 +12,9 @@ model = dict(
     type="FeatureExtractor",
     backbone=dict(
         type="VisionTransformerBackbone",
-        arch=dict(embed_dims=128, depth=4, num_heads=4),
+        arch=dict(embed_dims=128, depth=3, num_heads=4),
         img_size=32,
-        patch_size=4,
+        patch_size=8,
         mlp_ratio=2,
         pos_resize="dino",
     ),

@@ -15,13 +15,13 @@ model = dict(
     type="LinearProbeClassifier",
     backbone=dict(
         type="VisionTransformerBackbone",
-        arch=dict(embed_dims=128, depth=4, num_heads=4),
+        arch=dict(embed_dims=128, depth=3, num_heads=4),
         img_size=32,
-        patch_size=4,
+        patch_size=8,
         mlp_ratio=2,
         pos_resize="dino",
     ),
-    head=dict(type="LinearProbeHead", num_classes=10, in_channels=128, n_last_blocks=4),
+    head=dict(type="LinearProbeHead", num_classes=10, in_channels=128, n_last_blocks=3),
     checkpoint_key="teacher",
 )
 optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.01, momentum=0.9, weight_decay=0.0))
