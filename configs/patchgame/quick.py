@@ -3,7 +3,7 @@
     python tools/train.py configs/patchgame/quick.py
 
 Hardware and hours: 2 CPU cores, 10 minutes.
-Expected: to be measured.
+Expected: not run to its end yet; see configs/patchgame/README.md.
 """
 
 _base_ = ["./_base_.py", "../_base_/datasets/cifar10_two_views.py"]
