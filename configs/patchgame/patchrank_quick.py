@@ -5,7 +5,7 @@
     python tools/test.py configs/patchgame/patchrank_quick.py work_dirs/patchgame/patchrank_quick
 
 Hardware and hours: 2 CPU cores, 3 minutes for this ViT, 10 for the ranker, 2 for the curves.
-Expected: 57.6 top-1 from all patches, 52.9 from a random half at 2.0 times the speed (mean of 3 seeds, README.md).
+Expected: 57.6 top-1 from all patches, 52.9 from a random half at twice the speed (3 seeds, README.md).
 """
 
 _base_ = [
