@@ -26,7 +26,7 @@ from patchreg.methods.anchornet.ensemble import AnchorNetEnsembleClassifier, in_
 from patchreg.methods.anchornet.queue import EarlyExitQueue, Exit
 from patchreg.methods.anchornet.selector import window_boxes
 from patchreg.methods.anchornet.table import ConfidenceTable
-from patchreg.registry import MODELS, TRANSFORMS
+from patchreg.registry import METRICS, MODELS, TRANSFORMS
 from patchreg.utils.errors import ConfigError, DataError, MissingFileError
 from patchreg.utils.random import seed_all
 
@@ -278,6 +278,33 @@ def test_a_budget_becomes_thresholds_by_the_table_beside_the_checkpoint(tmp_path
         model.set_budget(budget, tmp_path / "elsewhere" / "ensemble.pth")
     with pytest.raises(ConfigError, match="lies outside"):
         model.set_thresholds([2.0])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_metric_gathers_the_table_of_the_model(keep: bool) -> None:
+    model = Tiny.build(batch_size=16, limits=[0.05, 0.0])
+    images = some_images(30)
+    expected = table_of(model, images)
+    metric = METRICS.build(dict(type="AnchorNetTableMetric", keep_logits=keep))
+    metric.costs = expected.costs
+    for batch in images.split(11):
+        filled = model.predict(batch, samples(torch.zeros(len(batch), dtype=torch.int64)))
+        metric.process({}, [sample.to_dict() for sample in filled])
+    found = metric.evaluate(30)
+    assert metric.table is not None
+    for name in ("confidence", "correct", "predicted", "views"):
+        assert torch.equal(getattr(metric.table, name), getattr(expected, name))
+    assert (metric.table.logits is None) == (not keep)
+    if keep:
+        assert torch.equal(metric.table.logits, expected.logits)
+    assert found["table/top5"] == 100.0
+    assert found["table/stage1_top1"] == pytest.approx(
+        100 * expected.correct[:, 1].double().mean().item()
+    )
+    model.set_thresholds([0.5, 0.5, 0.5, 0.0])
+    filled = model.predict(images[:2], samples(torch.zeros(2, dtype=torch.int64)))
+    with pytest.raises(DataError, match="thresholds=None"):
+        metric.process({}, [sample.to_dict() for sample in filled])
 
 
 def test_all_three_networks_can_be_trained_in_one_go() -> None:

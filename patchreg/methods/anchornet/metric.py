@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from mmengine.evaluator import BaseMetric
+from torch import Tensor
 
 from patchreg.methods.anchornet.table import ConfidenceTable
 from patchreg.registry import METRICS
@@ -58,32 +59,49 @@ class AnchorNetTableMetric(BaseMetric):
                 )
             if "gt_label" not in sample:
                 raise DataError("an image has no label; a table needs a labelled data set")
-            parts = (sample["view_logits"], sample["view_seen"], sample["gt_label"].reshape(()))
-            self.results.append(tuple(part.cpu() for part in parts))
+            self.results.append(self._row(sample))
 
-    def compute_metrics(self, results: list[tuple[Any, ...]]) -> dict[str, float]:
+    def _row(self, sample: dict) -> dict[str, Tensor]:
+        """Return the row of one image; logits only when they are kept, they are large."""
+        views, seen = sample["view_logits"].cpu(), sample["view_seen"].cpu()
+        label = sample["gt_label"].reshape(1).cpu()
+        costs = [float(stage + 1) for stage in range(len(views))]
+        row = ConfidenceTable.from_logits(views[None], label, costs, seen[None])
+        assert row.logits is not None
+        assert row.predicted is not None
+        best = row.logits[0, -1].topk(min(5, row.logits.shape[2])).indices
+        parts = {
+            "confidence": row.confidence[0],
+            "correct": row.correct[0],
+            "predicted": row.predicted[0],
+            "labels": label[0],
+            "views": seen.sum(),
+            "top5": (best == label).any(),
+        }
+        return {**parts, "logits": row.logits[0]} if self.keep_logits else parts
+
+    def compute_metrics(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
         """Build the table and summarise it.
 
         Args:
-            results: Logits, presence and label of each image, in the order of the data set.
+            results: Row of each image, in the order of the data set.
         """
-        views, seen, labels = (torch.stack(part) for part in zip(*results))
-        self.table = ConfidenceTable.from_logits(
-            views,
-            labels,
-            self.costs or tuple(float(stage + 1) for stage in range(views.shape[1])),
-            None if bool(seen.all()) else seen,
-            self.keep_logits,
-        )
-        top = self.table.logits if self.table.logits is not None else views.cumsum(1)
-        best = top[:, -1].topk(min(5, top.shape[2])).indices
+        parts: dict[str, Any] = {
+            name: torch.stack([row[name] for row in results]) for name in results[0]
+        }
+        top5 = parts.pop("top5").double().mean().item()
+        stages = parts["confidence"].shape[1]
+        if bool((parts["views"] == stages).all()):
+            del parts["views"]
+        costs = self.costs or tuple(float(stage + 1) for stage in range(stages))
+        self.table = ConfidenceTable(**parts, costs=costs)
         metrics = {
             f"stage{stage}_top1": 100.0 * self.table.correct[:, stage].double().mean().item()
-            for stage in range(self.table.stages)
+            for stage in range(stages)
         }
         return {
             **metrics,
-            "top1": metrics[f"stage{self.table.stages - 1}_top1"],
-            "top5": 100.0 * (best == labels[:, None]).any(1).double().mean().item(),
+            "top1": metrics[f"stage{stages - 1}_top1"],
+            "top5": 100.0 * top5,
             "confidence": self.table.confidence[:, -1].double().mean().item(),
         }
