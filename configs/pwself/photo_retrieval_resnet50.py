@@ -1,4 +1,6 @@
-"""Retrieval on real photos with the ResNet-50 of Keras, converted as configs/anchornet/resnet50_keras.py says.
+"""Retrieval on real photos with the ResNet-50 of Keras.
+
+The weights are fetched and converted as configs/anchornet/resnet50_keras.py says.
 
     python tools/test.py configs/pwself/photo_retrieval_resnet50.py work_dirs/weights/resnet50_keras.pth
 
