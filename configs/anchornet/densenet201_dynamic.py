@@ -2,8 +2,8 @@
 
     python tools/test.py configs/anchornet/densenet201_dynamic.py
 
-For a table of the authors: --cfg-options test_cfg.table=FILE.pth test_cfg.execute=False. With
-test_cfg.execute=True images really stop early, and time is measured.
+A table of the authors needs neither images nor weights: --cfg-options load_from=None
+test_cfg.table=FILE.pth. With test_cfg.execute=True images really stop early, and time is measured.
 Hardware and hours: CPU, seconds; with execute one GPU, minutes; not run here.
 Expected: 0.7103 at 0.85 G, 0.7277 at 1.00 G, 0.7401 at 1.20 G, 0.7461 at 1.50 G (authors' table).
 """

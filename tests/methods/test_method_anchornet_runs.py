@@ -203,6 +203,32 @@ def test_budgets_in_milliseconds_and_calibration(there: Path, tmp_path: Path) ->
     assert tuple(report["temperatures"]) == fit_temperatures(table.halves(0)[0])
 
 
+def test_a_table_of_the_authors_needs_neither_images_nor_weights(
+    there: Path, tmp_path: Path
+) -> None:
+    own = ConfidenceTable.load(there / "four" / "table.safetensors")
+    official = own.to_official()
+    for name in ("thresholds", "predictions"):
+        # One stage more than the model has.
+        official[name] = torch.cat((official[name], official[name][:, -1:]), dim=1)
+    torch.save(official, tmp_path / "theirs.pth")
+    options = {
+        "load_from": None,
+        "test_dataloader.dataset.data_root": "gone",
+        "test_cfg.table": str(tmp_path / "theirs.pth"),
+        "test_cfg.execute": False,
+    }
+    engine.evaluate("five.py", work_dir=str(tmp_path / "out"), options=options)
+    report = json.loads((tmp_path / "out" / "dynamic.json").read_text())
+    assert report["costs"][:3] == pytest.approx(own.costs)
+    assert report["costs"][3] - report["costs"][2] == pytest.approx(own.costs[2] - own.costs[1])
+    assert [row["kind"] for row in report["rows"]] == ["thresholds"] * 4 + ["budget"] * 2
+    with pytest.raises(ConfigError, match="has 4 stages, the model 3"):
+        engine.evaluate(
+            "five.py", work_dir=str(tmp_path / "ms"), options={**options, "test_cfg.unit": "ms"}
+        )
+
+
 def test_single_images_are_predicted_with_a_budget(there: Path, tmp_path: Path) -> None:
     checkpoint = str(there / "four")
     table = ConfidenceTable.load(there / "four" / "table.safetensors")

@@ -138,16 +138,17 @@ class AnchorNetEnsembleClassifier(BaseModel):
         table = ConfidenceTable.load(Path(checkpoint).parent / TABLE)
         self.set_thresholds(solve_thresholds(table, budget))
 
-    def costs(self, shape: tuple[int, ...]) -> tuple[float, ...]:
+    def costs(self, shape: tuple[int, ...], stages: int | None = None) -> tuple[float, ...]:
         """Return the multiply-accumulates of an image that stops at each stage.
 
         Args:
             shape: Channels, height and width of the images.
+            stages: Stages to tell about; None for those of the model.
         """
         side = self._window_side(shape)
         first = self.resized.view_macs((shape[0], self.resized.view_size, self.resized.view_size))
         window = self.patch.view_macs((shape[0], side, side))
-        return stage_costs(first, self.anchor.macs(shape), window, self.stages)
+        return stage_costs(first, self.anchor.macs(shape), window, stages or self.stages)
 
     def _window_side(self, shape: tuple[int, ...]) -> int:
         if self.anchor.window_cells is None:

@@ -191,9 +191,11 @@ class AnchorNetDynamicLoop(BaseLoop):
         self.model = ensemble_of(runner)
         shape = (3, image_size, image_size)
         if costs is None and not table.endswith(".safetensors"):
-            costs = self.model.costs(shape)
+            # The authors' tables do not tell costs, and may have more stages than the model.
+            columns = ConfidenceTable.load(table, costs=()).stages
+            costs = self.model.costs(shape, columns)
         self.table = ConfidenceTable.load(table, costs)
-        if execute and self.table.stages != self.model.stages:
+        if (execute or unit == "ms") and self.table.stages != self.model.stages:
             raise ConfigError(
                 f"the table '{table}' has {self.table.stages} stages, the model {self.model.stages}; they must "
                 "come from the same networks and selector"

@@ -300,7 +300,7 @@ class ConfidenceTable:
         Args:
             path: File to read.
             costs: What stopping at each stage costs; needed for the authors' format, which does not
-                tell, and overrides what the file says.
+                tell (an empty one means nothing), and overrides what the file says.
 
         Raises:
             MissingFileError: The file does not exist.
@@ -370,7 +370,7 @@ class ConfidenceTable:
         return cls(
             confidence=confidence.cpu().float(),
             correct=correct.cpu().bool(),
-            costs=tuple(costs),
+            costs=tuple(costs) or (0.0,) * (correct.shape[1] if correct.ndim == 2 else 0),
             setup=str(loaded.get("setup", "")),
         )
 
