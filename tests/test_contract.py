@@ -245,7 +245,14 @@ ROLES = (
     "Extractor",
     "Pretrainer",
 )
-TRANSFORMS = ("LoadImage", "BatchMixup", "RGBRandAugment", "MultiView", "ThumbnailResize", "TimmEvalCrop")
+TRANSFORMS = (
+    "LoadImage",
+    "BatchMixup",
+    "RGBRandAugment",
+    "MultiView",
+    "ThumbnailResize",
+    "TimmEvalCrop",
+)
 
 
 def test_registered_classes_are_named_by_their_role() -> None:
