@@ -5,7 +5,7 @@
 A table of the authors needs neither images nor weights: --cfg-options load_from=None
 test_cfg.table=FILE.pth. With test_cfg.execute=True images really stop early, and time is measured.
 Hardware and hours: CPU, seconds; with execute one GPU, minutes; not run here.
-Expected: 0.7103 at 0.85 G, 0.7277 at 1.00 G, 0.7401 at 1.20 G, 0.7461 at 1.50 G (authors' table).
+Expected: 0.7110, 0.7277, 0.7399, 0.7457 at 0.85, 1.0, 1.2, 1.5 G on the half not fitted on (authors' table).
 """
 
 _base_ = ["../_base_/runtime.py", "./_base_/imagenet.py", "./_base_/densenet201_ensemble.py"]
