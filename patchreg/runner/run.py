@@ -140,13 +140,14 @@ def evaluate(
     Raises:
         UserError: Something given is wrong.
     """
+    if checkpoint is not None and os.path.isfile(path):
+        # Before the config is checked: the one that it names itself need not exist.
+        options = {**(options or {}), "load_from": _existing(checkpoint)}
     config = load_config(path, options, work_dir, moved)
     _apply(config, launcher, seed)
     training_data = config.get("train_dataloader")
     for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
         config.pop(key, None)
-    if checkpoint is not None:
-        config.load_from = _existing(checkpoint)
     if dry_run:
         print(describe(config))
         return {}

@@ -140,7 +140,7 @@ class PatchDropBudgetHook(Hook):
         ConfigError: `target` or `integral` is not positive, or `proportional` is negative.
     """
 
-    def __init__(self, target: float, proportional: float = 4.0, integral: float = 0.02) -> None:
+    def __init__(self, target: float, proportional: float = 8.0, integral: float = 0.1) -> None:
         if target <= 0 or integral <= 0 or proportional < 0:
             raise ConfigError(
                 f"target={target}, proportional={proportional}, integral={integral}: expected "
