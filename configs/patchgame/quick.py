@@ -3,7 +3,7 @@
     python tools/train.py configs/patchgame/quick.py
 
 Hardware and hours: 2 CPU cores, 10 minutes.
-Expected: not run to its end yet; see configs/patchgame/README.md.
+Expected: seed 0 after epoch 1 of 3: matching 5.55 top-1 (chance 0.78), k-NN 31.9; the end was not run.
 """
 
 _base_ = ["./_base_.py", "../_base_/datasets/cifar10_two_views.py"]
