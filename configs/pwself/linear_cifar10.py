@@ -2,8 +2,8 @@
 
     python tools/train.py configs/pwself/linear_cifar10.py --cfg-options load_from=CHECKPOINT
 
-Hardware and hours: 2 CPU cores, about 5 minutes.
-Expected: see configs/pwself/EVALUATION.md.
+Hardware and hours: 2 CPU cores, about 10 minutes.
+Expected: 30.7 top-1 after 5 of 10 epochs (quick.py with containment, one seed); the end is not measured.
 """
 
 _base_ = [
