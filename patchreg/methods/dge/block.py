@@ -250,6 +250,9 @@ class DGEBlock(nn.Module):
         """
         if self.training or torch.is_autocast_enabled(x.device.type):
             return False
+        if hasattr(self.norm1.weight, "placements"):
+            # Sharded weights are gathered only while the block itself is called.
+            return False
         return self.norm1.weight.dtype == x.dtype and not needs_gradient(self, x)
 
     def infer(
