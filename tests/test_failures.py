@@ -84,6 +84,30 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def run_group(command: list[str], **environment: str) -> tuple[int, str]:
+    """Run a command that starts others; none of them stays behind."""
+    shared = dict(
+        OMP_NUM_THREADS="1",
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        PYTHONPATH=str(Path(__file__).parent),
+    )
+    run = subprocess.Popen(
+        command,
+        env={**os.environ, **shared, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        text, _ = run.communicate(timeout=240)
+        return run.returncode, text
+    finally:
+        # torchrun gives its processes sessions of their own and ends them when it is terminated.
+        run.terminate()
+        run.wait(30)
+
+
 def test_a_lost_process_ends_the_others_in_words(config: Path) -> None:
     first, second = launch(config, [0, 1], free_port(), "custom_hooks.0.rest=0.2")
     wait_for(lambda: launches.last_step(config.parent / "run") >= 3)
@@ -138,27 +162,17 @@ def test_a_restart_by_torchrun_continues(config: Path) -> None:
         "restarted": ("custom_hooks.0.kill=1", "custom_hooks.0.at=7"),
     }.items():
         work_dir = config.parent / name
-        done = subprocess.run(
+        code, text = run_group(
             [str(ddp_parts.ROOT / "tools/dist_train.sh"), str(config), "2"]
             + ["--work-dir", str(work_dir), "--cfg-options", "train_dataloader.batch_size=8"]
             + ["default_hooks.checkpoint.by_epoch=False", "default_hooks.checkpoint.interval=5"]
             + list(options),
-            env={
-                **os.environ,
-                "PORT": str(free_port()),
-                "MAX_RESTARTS": "1",
-                "OMP_NUM_THREADS": "1",
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                "PYTHONPATH": str(Path(__file__).parent),
-            },
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
+            PORT=str(free_port()),
+            MAX_RESTARTS="1",
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert code == 0, text[-3000:]
         results[name] = launches.scalars(work_dir)
-        assert ("iteration 5 from" in done.stderr + done.stdout) == bool(options)
+        assert ("iteration 5 from" in text) == bool(options)
     assert len(results["whole"]) == 22
     assert results["restarted"] == results["whole"]
 

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,9 +111,32 @@ def init_processes(
             )
         torch.cuda.set_device(local_rank % gpus)
     try:
-        dist.init_process_group(backend=backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(
+            backend=backend, timeout=timedelta(seconds=timeout), **_store_of_this_attempt(timeout)
+        )
     except (dist.DistError, RuntimeError) as error:
         raise ConfigError(_why_not_joined(error, timeout)) from error
+
+
+def _store_of_this_attempt(timeout: int) -> dict[str, Any]:
+    """Keep what the processes tell each other after a restart apart from what those before them told.
+
+    torchrun with a fixed address keeps its store through restarts, and torch 2.14 does not mark the
+    attempts in it: processes would now and then wait at the addresses of the failed attempt.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if attempt == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    world = int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world,
+        is_master=False,
+        timeout=timedelta(seconds=timeout),
+    )
+    marked = dist.PrefixStore(f"patchreg/attempt_{attempt}", store)
+    return dict(store=marked, rank=int(os.environ["RANK"]), world_size=world)
 
 
 def _why_not_joined(error: Exception, timeout: int) -> str:
