@@ -3,8 +3,8 @@
     python tools/train.py configs/anchornet/quick.py
 
 Hardware and hours: 2 CPU cores, 5 minutes.
-Expected: 76.0 to 76.6 top-1 at 31 to 34 MMACs per image, all four views of every image 75.9 to 76.3 at 65 (seed 0; the sums
-of one and of two threads round differently).
+Expected: 76.0 to 76.6 top-1 at 31 to 34 MMACs per image, all four views of every image 75.9 to 76.3
+at 65 (seed 0; the sums of one and of two threads round differently).
 """
 
 _base_ = ["../_base_/runtime.py"]
