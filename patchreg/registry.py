@@ -123,8 +123,10 @@ class StageRegistry(Registry):
             found = super().get(key)
         except (RuntimeError, ImportError, TypeError, ValueError):
             return None
-        registered = key in self._module_dict or name in self._known(key)
-        return found if registered or isinstance(found, type) else None
+        # What an import path leads to counts only if it is a class; functions have to be registered.
+        if found is None or isinstance(found, type) or name in self._known(key):
+            return found
+        return None
 
     def _known(self, key: str) -> Any:
         scope, _ = self.split_scope_key(key)

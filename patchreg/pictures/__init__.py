@@ -7,6 +7,7 @@ whose name starts with an underscore is a part of others.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 from pathlib import Path
@@ -29,6 +30,26 @@ def pictures() -> dict[str, ModuleType]:
     for module in (*modules, *method_modules("picture").values()):
         found |= dict.fromkeys(module.HELP, module)
     return dict(sorted(found.items()))
+
+
+def add_model_arguments(
+    parser: argparse.ArgumentParser, out: str, count: int = 8, config_help: str | None = None
+) -> None:
+    """Add images, config, checkpoint, picture to write and number of images to a command line.
+
+    Args:
+        parser: Where to add them.
+        out: Picture that is written unless another is named.
+        count: How many images at most unless told.
+        config_help: What config is expected, if not any will do.
+    """
+    parser.add_argument("image", help=IMAGE_HELP)
+    parser.add_argument("config", help=config_help)
+    parser.add_argument("checkpoint", help="checkpoint, or folder of a run for its newest one")
+    parser.add_argument("--out", default=out, help="picture to write")
+    parser.add_argument(
+        "--count", type=int, default=count, help=f"how many images at most (default {count})"
+    )
 
 
 def check_out(path: str, suffixes: tuple[str, ...] = _SUFFIXES) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from patchreg.pictures import IMAGE_HELP, check_out
+from patchreg.pictures import add_model_arguments, check_out
 from patchreg.runner.predict import Prediction, predict
 from patchreg.utils.files import write_safely
 
@@ -26,12 +26,8 @@ def add_arguments(kind: str, parser: argparse.ArgumentParser) -> None:
         kind: "patches".
         parser: Where to add them.
     """
-    parser.add_argument("image", help=IMAGE_HELP)
-    parser.add_argument("config")
-    parser.add_argument("checkpoint", help="checkpoint, or folder of a run for its newest one")
+    add_model_arguments(parser, "patches.png", 6)
     parser.add_argument("--budget", type=float, help="mean multiply-accumulates per image")
-    parser.add_argument("--out", default="patches.png", help="picture to write")
-    parser.add_argument("--count", type=int, default=6, help="how many images at most (default 6)")
 
 
 def run(kind: str, arguments: argparse.Namespace) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchreg.models.selectors.rank import top_mask
 from patchreg.models.selectors.rankers import scores_on_grid
-from patchreg.pictures import IMAGE_HELP, check_out
+from patchreg.pictures import add_model_arguments, check_out
 from patchreg.runner.build import load_config
 from patchreg.runner.compare import load_model
 from patchreg.runner.patchrank import Ranker
@@ -34,12 +34,8 @@ def add_arguments(kind: str, parser: argparse.ArgumentParser) -> None:
         kind: "ranks".
         parser: Where to add them.
     """
-    parser.add_argument("image", help=IMAGE_HELP)
-    parser.add_argument("config", help="config of a model that ranks patches")
-    parser.add_argument("checkpoint", help="checkpoint, or folder of a run for its newest one")
+    add_model_arguments(parser, "ranks.png", config_help="config of a model that ranks patches")
     parser.add_argument("--keep", type=int, help="patches to keep (default: half)")
-    parser.add_argument("--out", default="ranks.png", help="picture to write")
-    parser.add_argument("--count", type=int, default=8, help="how many images at most (default 8)")
 
 
 def run(kind: str, arguments: argparse.Namespace) -> str:

@@ -13,7 +13,7 @@ from mmengine.dataset import default_collate
 
 from patchreg.methods.patchdrop.mask import expand_actions
 from patchreg.methods.patchdrop.model import PatchDropClassifier
-from patchreg.pictures import IMAGE_HELP, check_out
+from patchreg.pictures import add_model_arguments, check_out
 from patchreg.runner.build import load_config
 from patchreg.runner.compare import load_model
 from patchreg.runner.picture import model_classes, read_samples
@@ -30,11 +30,7 @@ def add_arguments(kind: str, parser: argparse.ArgumentParser) -> None:
         kind: "policy".
         parser: Where to add them.
     """
-    parser.add_argument("image", help=IMAGE_HELP)
-    parser.add_argument("config")
-    parser.add_argument("checkpoint", help="checkpoint, or folder of a run for its newest one")
-    parser.add_argument("--out", default="policy.png", help="picture to write")
-    parser.add_argument("--count", type=int, default=8, help="how many images at most (default 8)")
+    add_model_arguments(parser, "policy.png")
 
 
 def run(kind: str, arguments: argparse.Namespace) -> str:
