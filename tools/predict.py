@@ -1,5 +1,6 @@
 """Classify images: classes, confidences, boxes and cost as JSON, and a picture of them.
 
+python tools/predict.py photo.jpg dge/quick
 python tools/predict.py photo.jpg configs/anchornet/resnet50_keras.py work_dirs/weights/resnet50_keras.pth
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from patchreg.pictures import IMAGE_HELP
 from patchreg.pictures.patches import draw_patches
-from patchreg.runner.predict import predict
+from patchreg.runner.api import load
 from patchreg.utils.errors import run_tool
 from patchreg.utils.files import write_safely
 
@@ -22,8 +23,12 @@ def parse_arguments() -> argparse.Namespace:
         description="Classify images with a trained model: JSON and a picture."
     )
     parser.add_argument("image", help=IMAGE_HELP)
-    parser.add_argument("config", help="config file, e.g. configs/anchornet/quick_dynamic.py")
-    parser.add_argument("checkpoint", help="checkpoint, or folder of a run for its newest one")
+    parser.add_argument("config", help="config file, or its name, e.g. anchornet/quick_dynamic")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        help="checkpoint, or folder of a run for its newest one (default: the one that ships)",
+    )
     parser.add_argument(
         "--budget", type=float, help="mean multiply-accumulates per image, for early exit"
     )
@@ -37,14 +42,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    found = predict(
-        arguments.image,
-        arguments.config,
-        arguments.checkpoint,
-        budget=arguments.budget,
-        top=arguments.top,
-        count=arguments.count,
-    )
+    model = load(arguments.config, arguments.checkpoint, budget=arguments.budget)
+    found = model.predict(arguments.image, top=arguments.top, count=arguments.count)
     text = json.dumps([one.record for one in found], indent=1)
     print(text)
     folder = Path(arguments.out)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from patchreg.pictures import add_model_arguments, check_out
-from patchreg.runner.predict import Prediction, predict
+from patchreg.runner.api import load
+from patchreg.runner.predict import Prediction
 from patchreg.utils.files import write_safely
 
 HELP = {"patches": "boxes that are looked at, in their order, and the map they come from"}
@@ -38,13 +39,8 @@ def run(kind: str, arguments: argparse.Namespace) -> str:
         arguments: Parsed options.
     """
     check_out(arguments.out)
-    found = predict(
-        arguments.image,
-        arguments.config,
-        arguments.checkpoint,
-        budget=arguments.budget,
-        count=arguments.count,
-    )
+    model = load(arguments.config, arguments.checkpoint, budget=arguments.budget)
+    found = model.predict(arguments.image, count=arguments.count)
     draw_patches(found, arguments.out)
     return f"written to {arguments.out}"
 

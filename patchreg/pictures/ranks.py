@@ -20,7 +20,7 @@ from patchreg.pictures import add_model_arguments, check_out
 from patchreg.runner.build import load_config
 from patchreg.runner.compare import load_model
 from patchreg.runner.patchrank import Ranker
-from patchreg.runner.picture import read_samples
+from patchreg.runner.picture import plain_pipeline, read_samples
 from patchreg.utils.errors import ConfigError
 from patchreg.utils.files import write_safely
 
@@ -86,12 +86,7 @@ def plain_images(source: str, config: Config, model: Any, count: int) -> Tensor:
     if loader is None:
         raise ConfigError(f"'{config.filename}' has no data, so nothing says how to read images")
     if side is not None:
-        loader.dataset.pipeline = [
-            dict(type="LoadImage"),
-            dict(type="mmpretrain.ResizeEdge", scale=side, edge="short", backend="pillow"),
-            dict(type="mmpretrain.CenterCrop", crop_size=side),
-            dict(type="mmpretrain.PackInputs"),
-        ]
+        loader.dataset.pipeline = plain_pipeline(side)
     config.test_dataloader = loader
     return default_collate(read_samples(source, config, count))["inputs"]
 

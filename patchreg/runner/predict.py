@@ -1,19 +1,17 @@
-"""Classify images with any trained model of a config: classes, boxes, cost."""
+"""What a model says about images, as plain values: classes, boxes, cost."""
 
 from __future__ import annotations
 
-import copy
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.dataset import default_collate
+from torch import Tensor
 
-from patchreg.runner.build import load_config, resolve_checkpoint
-from patchreg.runner.compare import load_model
-from patchreg.runner.picture import model_classes, read_samples
 from patchreg.structures import PatchSelection
 from patchreg.utils.errors import ConfigError
 
@@ -24,86 +22,85 @@ class Prediction:
 
     Args:
         image: The image as the model got it, uint8 RGB.
-        selection: Where the model looked.
+        score: Probability of every class.
+        selection: Where the model looked; one image.
         record: Everything as plain values, for JSON. Boxes are (x0, y0, x1, y1), half-open, in px of
-            `image`, in the order looked at.
+            `image`, in the order looked at; `milliseconds` is the time of the batch over its images.
 
     Shape:
-        image [H, W, 3].
+        image [H, W, 3]; score [K] float32.
     """
 
     image: np.ndarray
+    score: Tensor
     selection: PatchSelection
     record: dict[str, Any]
 
+    @property
+    def label(self) -> int:
+        """Most probable class."""
+        return self.record["classes"][0]["label"]
 
-def predict(
-    source: str,
-    path: str,
-    checkpoint: str,
-    *,
-    budget: float | None = None,
-    top: int = 5,
-    count: int = 8,
+    @property
+    def name(self) -> str:
+        """Its name, or its number where nothing tells names."""
+        return self.record["classes"][0]["name"]
+
+    @property
+    def confidence(self) -> float:
+        """Its probability, in [0, 1]."""
+        return self.record["classes"][0]["confidence"]
+
+
+@torch.no_grad()
+def predict_batch(
+    network: Any, samples: Sequence[dict[str, Any]], classes: Sequence[str] = (), top: int = 5
 ) -> list[Prediction]:
-    """Classify images one by one, so that a model that stops early does.
+    """Classify images of one size together.
 
     Args:
-        source: Image file, folder of images, or `test` for the config's test set.
-        path: Config file.
-        checkpoint: Checkpoint, or folder of a run for its newest one.
-        budget: Mean cost of an image that the model may take, in its own unit (multiply-accumulates), for
-            models that have such a knob.
+        network: Model in evaluation mode with `predict` and `select`.
+        samples: What a test pipeline gives.
+        classes: Names of the classes by label; those of ImageNet-1k are known for 1000 classes.
         top: How many classes to name.
-        count: How many images at most.
 
     Raises:
-        UserError: An input is missing or cannot be used.
+        ConfigError: The model does not classify.
     """
-    for name, value in (("top", top), ("count", count)):
-        if value < 1:
-            raise ConfigError(f"--{name} {value}: expected at least 1")
-    checkpoint = resolve_checkpoint(checkpoint)
-    # The named checkpoint takes the place of the one that the config would load.
-    config = load_config(path, {"load_from": checkpoint})
-    if config.get("test_dataloader") is None or "model" not in config:
-        raise ConfigError(
-            f"'{path}' has no model with a test_dataloader, whose pipeline reads the images; use the "
-            "config of one stage"
-        )
-    model = load_model(config, checkpoint)
-    if budget is not None:
-        if not hasattr(model, "set_budget"):
-            raise ConfigError(
-                f"--budget: {type(model).__name__} has no budget that can be set for single images"
-            )
-        model.set_budget(budget, checkpoint)
-    classes = model_classes(config)
+    batch = default_collate(list(samples))
+    images = batch["inputs"].permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    data = network.data_preprocessor(batch, False)
+    start = time.perf_counter()
+    answers = _answers(network, data)
+    seconds = time.perf_counter() - start
+    selection = network.select(data["inputs"]).to("cpu")
     found = []
-    for sample in read_samples(source, config, count):
-        found.append(_one(model, sample, classes, top))
+    for index, answer in enumerate(answers):
+        score = answer.pred_score.float().cpu()
+        one = selection[index]
+        record = _record(answer, score, one, classes or _imagenet_names(len(score)), top)
+        record["milliseconds"] = 1000 * seconds / len(answers)
+        if "stage" in answer:
+            record |= dict(stage=answer.stage, stages=network.stages)
+        found.append(Prediction(images[index], score, one, record))
     return found
 
 
-@torch.inference_mode()
-def _one(model: Any, sample: dict[str, Any], classes: list[str], top: int) -> Prediction:
-    batch = default_collate([sample])
-    image = batch["inputs"][0].permute(1, 2, 0).numpy().astype(np.uint8)
-    data = model.data_preprocessor(copy.deepcopy(batch), False)
-    start = time.perf_counter()
-    answer = model.predict(data["inputs"], data["data_samples"])[0]
-    seconds = time.perf_counter() - start
-    if "pred_score" not in answer:
-        raise ConfigError(
-            f"{type(model).__name__} gives features, not classes; use the config of a classifier"
-        )
-    selection = model.select(data["inputs"]).to("cpu")
-    scores = answer.pred_score.cpu()
-    if not classes and len(scores) == 1000:
-        classes = _imagenet_names()
-    best = scores.topk(min(top, len(scores)))
+def _answers(network: Any, data: dict[str, Any]) -> list[Any]:
+    kind = type(network).__name__
+    if hasattr(network, "predict"):
+        answers = network.predict(data["inputs"], data["data_samples"])
+        if "pred_score" in answers[0]:
+            return answers
+    raise ConfigError(f"{kind} gives features, not classes; use the config of a classifier")
+
+
+def _record(
+    answer: Any, score: Tensor, selection: PatchSelection, classes: Sequence[str], top: int
+) -> dict[str, Any]:
+    best = score.topk(min(top, len(score)))
     looked = selection.order[0] >= 0
-    record: dict[str, Any] = dict(
+    return dict(
         image=str(answer.get("img_path", "")),
         image_size=list(selection.image_size),
         classes=[
@@ -118,18 +115,15 @@ def _one(model: Any, sample: dict[str, Any], classes: list[str], top: int) -> Pr
         scores=[selection.score[0, cell].item() for cell in selection.order[0][looked]],
         macs=answer.macs,
         dense_macs=answer.dense_macs,
-        milliseconds=1000 * seconds,
     )
-    if "stage" in answer:
-        record["stage"] = answer.stage
-        record["stages"] = model.stages
-    return Prediction(image, selection, record)
 
 
-def _imagenet_names() -> list[str]:
+def _imagenet_names(count: int) -> Sequence[str]:
     """Return ImageNet-1k's names, for a model of 1000 classes whose data set is not here."""
+    if count != 1000:
+        return ()
     try:
         from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
     except ImportError:
-        return []
-    return list(IMAGENET_CATEGORIES)
+        return ()
+    return IMAGENET_CATEGORIES

@@ -17,7 +17,7 @@ from patchreg.methods.anchornet.budget import fit_temperatures
 from patchreg.methods.anchornet.table import ConfidenceTable
 from patchreg.pictures import pictures
 from patchreg.runner import run as engine
-from patchreg.runner.predict import predict
+from patchreg.runner.api import load
 from patchreg.utils.errors import CheckpointError, ConfigError, MissingFileError
 from patchreg.utils.weights import load_file
 
@@ -232,10 +232,10 @@ def test_a_table_of_the_authors_needs_neither_images_nor_weights(
 def test_single_images_are_predicted_with_a_budget(there: Path, tmp_path: Path) -> None:
     checkpoint = str(there / "four")
     table = ConfidenceTable.load(there / "four" / "table.safetensors")
-    all_views = predict("test", "five.py", checkpoint, count=4, top=3)
+    all_views = load("five.py", checkpoint).predict("test", count=4, top=3)
     assert [one.record["stage"] for one in all_views] == [2] * 4
     assert all(len(one.record["boxes"]) == 2 for one in all_views)
-    cheap = predict("test", "five.py", checkpoint, count=4, budget=table.costs[0])
+    cheap = load("five.py", checkpoint, budget=table.costs[0]).predict("test", count=4)
     for one in cheap:
         assert (one.record["stage"], one.record["boxes"]) == (0, [])
         assert one.record["macs"] == table.costs[0]
@@ -243,13 +243,13 @@ def test_single_images_are_predicted_with_a_budget(there: Path, tmp_path: Path) 
         confidences = [entry["confidence"] for entry in one.record["classes"]]
         assert confidences == sorted(confidences, reverse=True)
     with pytest.raises(ConfigError, match="has no budget"):
-        predict("test", "one.py", str(there / "one"), budget=1.0)
-    with pytest.raises(ConfigError, match="--top 0"):
-        predict("test", "one.py", str(there / "one"), top=0)
-    with pytest.raises(ConfigError, match="has no model"):
-        predict("test", "all.py", str(there / "one"))
-    with pytest.raises(MissingFileError, match="gone.jpg"):
-        predict("gone.jpg", "one.py", str(there / "one"))
+        load("one.py", str(there / "one"), budget=1.0)
+    with pytest.raises(ConfigError, match="top=0"):
+        load("one.py", str(there / "one")).predict("test", top=0)
+    with pytest.raises(ConfigError, match="no model of its own but 5 stages"):
+        load("all.py", str(there / "one"))
+    with pytest.raises(MissingFileError, match=r"gone\.jpg"):
+        load("one.py", str(there / "one")).predict("gone.jpg")
 
 
 def test_tools_write_json_and_pictures(there: Path, tmp_path: Path) -> None:
