@@ -12,7 +12,7 @@ from torch.func import functional_call
 def conv_macs(module: nn.Module, shape: tuple[int, ...]) -> float:
     """Count the multiply-accumulates of the convolutions and linear layers for one input.
 
-    The module runs once on the meta device, so nothing is computed and no weight is copied.
+    The module runs once on the meta device in float32, so nothing is computed and no weight is copied.
 
     Args:
         module: Module whose forward takes one tensor.
@@ -33,7 +33,7 @@ def conv_macs(module: nn.Module, shape: tuple[int, ...]) -> float:
         layer.register_forward_hook(count) for layer in module.modules() if isinstance(layer, kinds)
     ]
     state: dict[str, Any] = {
-        name: value.detach().to("meta")
+        name: value.detach().to("meta", torch.float32 if value.is_floating_point() else None)
         for name, value in (*module.named_parameters(), *module.named_buffers())
     }
     training = {layer: layer.training for layer in module.modules()}

@@ -45,7 +45,8 @@ from patchreg.runner.sharding import (
     is_sharded,
     recompute,
     shard_optimizer,
-    whole,
+    whole_model,
+    whole_optimizer,
 )
 from patchreg.runner.stop import shielded
 from patchreg.runner.strict import check_config, check_options, check_shadowed_helpers
@@ -380,9 +381,9 @@ class EngineRunner(Runner):
         model = self._bare_model()
         self._open_gradients = open_gradients(model, self.optim_wrapper)
         if is_sharded(model):
-            self._whole = dict(state_dict=whole(model.state_dict()))
+            self._whole = dict(state_dict=whole_model(model))
             if kwargs.get("save_optimizer", True):
-                self._whole["optimizer"] = whole(self.optim_wrapper.state_dict())
+                self._whole["optimizer"] = whole_optimizer(model, self.optim_wrapper)
         if not mmengine.dist.is_main_process():
             return
         partial, final = Path(out_dir, f".{filename}.partial"), Path(out_dir, filename)

@@ -239,12 +239,13 @@ def check_state(
         CheckpointError: The weights belong to another model.
     """
     own = model.state_dict()
+    scalars = getattr(model, "sharded_scalars", ())
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     shapes = [
         f"{key} is {tuple(state[key].shape)}, the model's is {tuple(own[key].shape)}"
         for key in own
-        if key in state and state[key].shape != own[key].shape
+        if key in state and key not in scalars and state[key].shape != own[key].shape
     ]
     common = len(own) - len(missing)
     if shapes or common == 0 or (strict and (missing or unexpected)):

@@ -92,6 +92,7 @@ class FullyShardedWrapper:
             raise ConfigError(
                 f"model_wrapper_cfg.dtype '{dtype}': expected one of {', '.join(_DTYPES)}"
             )
+        module.sharded_scalars = _spread_scalars(module)  # type: ignore[assignment]
         units = child_lists(module, blocks, "model_wrapper_cfg.blocks")
         options: dict[str, Any] = dict(
             mesh=init_device_mesh(get_device(), (get_world_size(),)),
@@ -103,6 +104,20 @@ class FullyShardedWrapper:
             fully_shard(unit, **options)
         fully_shard(module, **options)
         return module
+
+
+def _spread_scalars(model: nn.Module) -> frozenset[str]:
+    """Make parameters without dimensions, which torch cannot shard, 1 x 1 matrices; return their names.
+
+    Two dimensions, because weight decay leaves out vectors. Checkpoints hold them as they were.
+    """
+    found = [name for name, value in model.named_parameters() if value.ndim == 0]
+    for name in found:
+        owner, _, own = name.rpartition(".")
+        part = model.get_submodule(owner)
+        value = getattr(part, own)
+        setattr(part, own, nn.Parameter(value.detach().reshape(1, 1), value.requires_grad))
+    return frozenset(found)
 
 
 class _Recomputed:
@@ -163,6 +178,43 @@ def whole(tree: Any) -> Any:
     return value.detach().cpu().clone() if is_main_process() else None
 
 
+def whole_model(model: nn.Module) -> dict[str, Any]:
+    """Gather the state dict of a sharded model; to be called on all processes.
+
+    Args:
+        model: The sharded model.
+
+    Returns:
+        The state of the model as it was before, see `whole`.
+    """
+    scalars = getattr(model, "sharded_scalars", ())
+    return {
+        key: value.reshape(()) if key in scalars and value is not None else value
+        for key, value in whole(model.state_dict()).items()
+    }
+
+
+def whole_optimizer(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Gather the state of the optimiser of a sharded model; to be called on all processes.
+
+    Args:
+        model: The sharded model.
+        optimizer: Its optimiser, or optimiser wrapper.
+
+    Returns:
+        The state for the model as it was before, see `whole`.
+    """
+    state = whole(optimizer.state_dict())
+    scalars = getattr(model, "sharded_scalars", ())
+    meant = {id(value) for name, value in model.named_parameters() if name in scalars}
+    parameters = [item for group in optimizer.param_groups for item in group["params"]]
+    for index, values in state["state"].items():
+        if id(parameters[int(index)]) in meant:
+            for key, value in values.items():
+                values[key] = value.reshape(()) if isinstance(value, Tensor) else value
+    return state
+
+
 def like(value: Tensor, model: Any) -> Tensor:
     """Return this process's part of a whole tensor.
 
@@ -170,6 +222,7 @@ def like(value: Tensor, model: Any) -> Tensor:
         value: The whole tensor, the same on all processes.
         model: Tensor that it is going to replace.
     """
+    value = value.reshape(model.shape)
     if not _is_part(model):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -202,7 +255,7 @@ def shard_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
         parameter = parameters[int(index)]
         sharded[index] = {
             key: like(value, parameter)
-            if isinstance(value, Tensor) and value.shape == parameter.shape
+            if isinstance(value, Tensor) and key != "step" and value.numel() == parameter.numel()
             else value
             for key, value in values.items()
         }

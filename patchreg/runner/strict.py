@@ -363,12 +363,11 @@ def accepted(built: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
         return {k: p for k, p in parameters.items() if p.kind is not p.VAR_KEYWORD}, is_open
     found: dict[str, inspect.Parameter] = {}
     for base in built.__mro__:
-        if "__init__" not in base.__dict__ or base in (object, torch.nn.Module):
+        maker = _maker(base)
+        if maker is None or base in (object, torch.nn.Module):
             continue
         try:
-            parameters = dict(
-                list(inspect.signature(base.__dict__["__init__"]).parameters.items())[1:]
-            )
+            parameters = dict(list(inspect.signature(maker).parameters.items())[1:])
         except (ValueError, TypeError):
             return found, True
         passes_on = False
@@ -382,14 +381,18 @@ def accepted(built: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
     return found, False
 
 
+def _maker(built: type) -> Callable | None:
+    """Return what a class itself is made by; a wrapper that gives back what it wraps has `__new__` only."""
+    found = built.__dict__.get("__init__", built.__dict__.get("__new__"))
+    return getattr(found, "__func__", found)
+
+
 @functools.cache
 def _hints(built: Callable) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     functions = [built]
     if inspect.isclass(built):
-        functions = [
-            base.__dict__["__init__"] for base in built.__mro__ if "__init__" in base.__dict__
-        ]
+        functions = [maker for base in built.__mro__ if (maker := _maker(base)) is not None]
     for function in functions:
         try:
             own = typing.get_type_hints(function)
