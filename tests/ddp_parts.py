@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
+from torch import nn
 
 from patchreg.registry import HOOKS, MODELS
 from patchreg.runner import run as engine
@@ -48,25 +52,45 @@ default_hooks = dict(logger=dict(interval=1))
 """20 steps of `configs/dge/quick.py` with everything that draws; 51 images do not divide by two."""
 
 
-def in_float64() -> None:
-    """Register the classifier in float64, preprocessor included, once."""
-    if "DoubleDGEClassifier" in MODELS:
+def in_float64(name: str) -> None:
+    """Register a model in float64, preprocessor included, as `Double...`, once."""
+    if f"Double{name}" in MODELS:
         return
-    base: Any = MODELS.get("DGEClassifier")
+    base: Any = MODELS.get(name)
 
-    class DoubleDGEClassifier(base):
-        """A `DGEClassifier` in float64, from its construction on, so that its data parallel wrapper agrees."""
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        base.__init__(self, *args, **kwargs)
+        self.double()
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.double()
-
-        __init__.__wrapped__ = base.__init__  # type: ignore[attr-defined]
-
-    MODELS.register_module(module=DoubleDGEClassifier)
+    # From its construction on, so that its data parallel wrapper agrees.
+    __init__.__wrapped__ = base.__init__  # type: ignore[attr-defined]
+    made = type(f"Double{name}", (base,), dict(__init__=__init__, __doc__=base.__doc__))
+    MODELS.register_module(module=made)
 
 
-in_float64()
+for model in (
+    "DGEClassifier",
+    "PWSelfPretrainer",
+    "PatchGamePretrainer",
+    "PatchClassifier",
+    "PatchDropClassifier",
+    "PatchDropTokenClassifier",
+    "AnchorNetClassifier",
+    "AnchorNetResizedClassifier",
+    "AnchorNetPatchClassifier",
+):
+    in_float64(model)
+
+
+@HOOKS.register_module()
+class FixedNormHook(Hook):
+    """Let BatchNorm use its running statistics in training, as all processes have the same ones."""
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Switch the layers."""
+        for layer in runner.model.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.eval()
 
 
 @HOOKS.register_module()
@@ -124,6 +148,47 @@ def run(jobs: list[dict[str, Any]]) -> list[int]:
         except TrainingStopped as stopped:
             codes.append(stopped.code)
     return codes
+
+
+def run_two(
+    folder: Path, jobs: list[dict[str, Any]], meanwhile: Callable[[], Any] | None = None
+) -> list[int]:
+    """Run trainings in two processes, and something else in this one; return the exit codes of the first.
+
+    What each process says goes to `RANK.out` in the folder.
+    """
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps([{**job, "launcher": "pytorch"} for job in jobs]))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = dict(
+        OMP_NUM_THREADS="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    processes = []
+    for rank in range(2):
+        with open(folder / f"{rank}.out", "w") as output:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", "import ddp_parts; ddp_parts.main()", str(plan)],
+                    env={**os.environ, **shared, "RANK": str(rank)},
+                    cwd=Path(__file__).parent,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        if meanwhile is not None:
+            meanwhile()
+        codes = [process.wait(300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, code in enumerate(codes):
+        assert code == 0, (folder / f"{rank}.out").read_text()[-4000:]
+    found = [json.loads(plan.with_suffix(f".codes{rank}").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    return found[0]
 
 
 def losses(work_dir: Path) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from mmengine.device import get_device
+from mmengine.dist import all_reduce
 from mmengine.logging import MMLogger, print_log
 from mmengine.optim import AmpOptimWrapper as _AmpOptimWrapper
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -22,6 +23,8 @@ from patchreg.utils.errors import ConfigError
 def clip_each_gradient(parameters: Sequence[Tensor], max_norm: float) -> None:
     """Scale the gradient of every tensor by itself: by max_norm / (norm + 1e-6) where that is below 1.
 
+    The norm of a sharded gradient is that of the whole one.
+
     Source:
         `clip_gradients` of the official DINO.
 
@@ -30,7 +33,14 @@ def clip_each_gradient(parameters: Sequence[Tensor], max_norm: float) -> None:
         max_norm: Bound of the norm of each.
     """
     gradients = [item.grad for item in parameters if item.grad is not None]
+    sharded = any(hasattr(item, "to_local") for item in gradients)
+    if sharded:
+        gradients = [item.to_local() for item in gradients]  # type: ignore[attr-defined]
     scales = torch._foreach_norm(gradients)
+    if sharded:
+        squares = torch.stack(list(scales)).square()
+        all_reduce(squares)
+        scales = tuple(squares.sqrt().unbind())
     torch._foreach_add_(scales, 1e-6)
     torch._foreach_reciprocal_(scales)
     torch._foreach_mul_(scales, max_norm)

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +23,7 @@ from patchreg.utils.weights import load_file
 
 SHORT = """
 _base_ = ["{root}/configs/pwself/quick.py"]
-custom_imports = dict(imports=["methods.pwself_double", "ddp_parts"])
+custom_imports = dict(imports=["ddp_parts"])
 model = dict(
     backbone=dict(
         arch=dict(embed_dims=32, depth=2, num_heads=2), patch_size=8, drop_path_rate=0.2
@@ -89,12 +84,10 @@ FORMS: dict[str, dict[str, Any]] = {"per_image": {}, "shared": SHARED}
 
 def jobs(config: Path, folder: Path, processes: int) -> list[dict[str, Any]]:
     """Three steps of the same global batch."""
-    launcher = "none" if processes == 1 else "pytorch"
     return [
         dict(
             path=str(config),
             work_dir=str(folder / name),
-            launcher=launcher,
             options={"train_dataloader.batch_size": 8 // processes, **options},
         )
         for name, options in FORMS.items()
@@ -110,33 +103,8 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     text += 'clip_grad=dict(type="per_tensor", max_norm=0.3))\n'
     text += 'param_scheduler = []\nmodel["type"] = "DoublePWSelfPretrainer"\n'
     config.write_text(text)
-    plan = tmp_path / "two.json"
-    plan.write_text(json.dumps(jobs(config, tmp_path / "two", 2)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = dict(
-        OMP_NUM_THREADS="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    processes = []
-    for rank in range(2):
-        with open(tmp_path / f"two{rank}.out", "w") as output:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", "import ddp_parts; ddp_parts.main()", str(plan)],
-                    env={**os.environ, **shared, "RANK": str(rank)},
-                    cwd=launches.ROOT / "tests",
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    ddp_parts.run(jobs(config, tmp_path / "one", 1))
-    for rank, process in enumerate(processes):
-        try:
-            code = process.wait(300)
-        finally:
-            process.kill()
-        assert code == 0, (tmp_path / f"two{rank}.out").read_text()[-4000:]
+    alone = jobs(config, tmp_path / "one", 1)
+    ddp_parts.run_two(tmp_path, jobs(config, tmp_path / "two", 2), lambda: ddp_parts.run(alone))
     finals = {}
     for name in FORMS:
         one, two = tmp_path / "one" / name, tmp_path / "two" / name
@@ -153,8 +121,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
 
 def test_killed_and_terminated_run_equals_the_whole_one(tmp_path: Path) -> None:
     config = write(tmp_path, workers=1, images=80, epochs=2)
-    text = config.read_text().replace('"methods.pwself_double", ', "")
-    text = text.replace('custom_imports = dict(imports=["ddp_parts"])', "")
+    text = config.read_text().replace('custom_imports = dict(imports=["ddp_parts"])', "")
     config.write_text(text.replace('    dict(type="RecordLossHook"),\n', ""))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert launches.finish(launches.start(config, whole)) == 0
