@@ -121,6 +121,53 @@ class PatchSelection:
             index = slice(index, index + 1)
         return self._map(lambda tensor: tensor[index])
 
+    def tiles(self) -> bool:
+        """Return whether the cells tile the image, as those of a plain grid do; windows may overlap."""
+        if self.grid is None:
+            return False
+        boxes = grid_boxes(self.image_size, self.grid, self.order)
+        return torch.equal(boxes.to(self.boxes), self.boxes)
+
+    def pixel_shares(self) -> Tensor:
+        """Return at which share of full sampling each pixel was looked at.
+
+        Cells that tile the image all count. Of windows those that were looked at do, the finest one where
+        they overlap; the rest of the image counts with the lowest resolution of the windows that were left
+        out (a coarse view of the whole), or with 0 when none were.
+
+        Shape:
+            Returns float64 [B, H, W] in [0, 1].
+        """
+        height, width = self.image_size
+        shares = self.resolution.double()
+        rows = torch.arange(height, device=shares.device)
+        columns = torch.arange(width, device=shares.device)
+        if self.grid is not None and self.tiles():
+            down = torch.div(rows * self.grid[0], height, rounding_mode="floor")
+            across = torch.div(columns * self.grid[1], width, rounding_mode="floor")
+            return shares.unflatten(1, self.grid)[:, down[:, None], across]
+        left = torch.where(self.keep, torch.inf, shares)
+        base = left.amin(1) if left.shape[1] else left.new_full((len(left),), torch.inf)
+        base = torch.where(base.isfinite(), base, 0.0)
+        canvas = base[:, None, None].expand(-1, height, width).clone()
+        for place in range(self.order.shape[1]):
+            cells = self.order[:, place]
+            share = shares.gather(1, cells.clamp(min=0)[:, None])[:, :, None]
+            x0, y0, x1, y1 = self.boxes[:, place].double().unbind(1)
+            tall = (rows + 0.5 > y0[:, None]) & (rows + 0.5 < y1[:, None])
+            wide = (columns + 0.5 > x0[:, None]) & (columns + 0.5 < x1[:, None])
+            inside = tall[:, :, None] & wide[:, None, :] & (cells >= 0)[:, None, None]
+            canvas = torch.where(inside, torch.maximum(canvas, share), canvas)
+        return canvas
+
+    def sampled_share(self) -> Tensor:
+        """Return how much of each image was sampled: the mean of `pixel_shares`.
+
+        Shape:
+            Returns float64 [B] in [0, 1].
+        """
+        return self.pixel_shares().mean((1, 2))
+
     def to(self, *args: Any, **kwargs: Any) -> PatchSelection:
         """Move the tensors, as `torch.Tensor.to` does, without changing their types.
 

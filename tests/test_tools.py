@@ -60,7 +60,8 @@ def entries(runs: Path) -> list[Entry]:
 
 
 def test_comparison_measures_all_rows_on_the_same_images(runs: Path, tmp_path: Path) -> None:
-    rows, how = compare(entries(runs), rounds=2, batch_size=16)
+    found = compare(entries(runs), rounds=2, batch_size=16)
+    rows, how = found.rows, found.how
     assert [row.images for row in rows] == [500, 500, 500]
     assert rows[0].mac_ratio == 1.0
     assert rows[1].mac_ratio > 1.1

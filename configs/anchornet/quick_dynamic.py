@@ -12,6 +12,7 @@ _base_ = [
     "./_base_/quick_ensemble.py",
 ]
 
+compare = dict(label="AnchorNet", knob="budget", values=(22e6, 28e6, 34e6, 38e6), order=5)
 train_dataloader = None
 val_dataloader = None
 val_evaluator = None

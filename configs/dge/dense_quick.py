@@ -12,6 +12,7 @@ _base_ = [
     "../_base_/schedules/adamw_quick.py",
 ]
 
+compare = dict(label="dense ViT", order=1)
 model = dict(
     _delete_=True,
     type="PatchClassifier",

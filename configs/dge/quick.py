@@ -12,6 +12,7 @@ _base_ = [
     "../_base_/schedules/adamw_quick.py",
 ]
 
+compare = dict(label="DGE", knob="model.budget", values=(0.5, 0.6, 0.8, 1.0), order=3)
 model = dict(
     backbone=dict(
         arch=dict(embed_dims=128, depth=4, num_heads=4),

@@ -8,6 +8,7 @@ Expected: more right than random patches of the same number.
 
 _base_ = ["./_base_/quick_policy.py", "../_base_/datasets/cifar10_quick.py"]
 
+compare = dict(label="PatchDrop", knob="model.selector.top_k", values=(4, 6, 8, 10, 14), order=4)
 model = dict(
     stage="finetune",
     classifier=dict(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from patchreg.benchmarks import figure, interleave
-from patchreg.benchmarks._tome import TokenMerging, merged_macs, merges_for
 from patchreg.methods.dge.graph import DGEGraphRunner
+from patchreg.models.token_merging import merged_features, merged_macs, merges_for
 from patchreg.registry import MODELS
 
 SIDE, GRID = 256, (16, 16)
@@ -159,8 +159,7 @@ def forward_figures(
     merged = merged_macs(dense, GRID, merges)
 
     calls = [lambda: dense(images), lambda: sparse(images)]
-    tome = TokenMerging(dense, merges)
-    calls.append(lambda: tome(images))
+    calls.append(lambda: merged_features(dense, images, merges))
     dense_times, own_times, tome_times = _times(calls, rounds, device)
     twin, own, other = map(statistics.median, (dense_times, own_times, tome_times))
     name = f"B={batch} {str(dtype).split('.')[1]}"

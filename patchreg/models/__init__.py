@@ -7,6 +7,7 @@ from .base import PatchClassifier, TokenFeatures, stack_targets
 from .features import FeatureExtractor
 from .heads import LinearHead
 from .probe import LinearProbeClassifier, LinearProbeHead
+from .token_merging import TokenMergingClassifier
 
 __all__ = [
     "FeatureExtractor",
@@ -16,6 +17,7 @@ __all__ = [
     "PatchClassifier",
     "TimmBackbone",
     "TokenFeatures",
+    "TokenMergingClassifier",
     "VisionTransformerBackbone",
     "multi_view",
     "preprocessor",

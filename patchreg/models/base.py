@@ -74,6 +74,39 @@ def stack_targets(data_samples: list[Any], device: torch.device) -> Tensor:
     )
 
 
+def fill_predictions(
+    data_samples: list[Any] | None, logits: Tensor, macs: Tensor, dense_macs: float
+) -> list[Any]:
+    """Write predictions and cost into the samples of a batch.
+
+    Args:
+        data_samples: Samples to fill; their class needs `set_pred_score`, `set_pred_label`, `set_field`.
+        logits: One row per sample; probabilities are computed at least in float32.
+        macs: Multiply-accumulates per image.
+        dense_macs: Those of the dense twin.
+
+    Shape:
+        logits [B, K]; macs [B].
+
+    Raises:
+        DataError: There are no samples to fill.
+    """
+    if data_samples is None:
+        raise DataError(
+            "predict needs one data sample per image to fill; use mode='tensor' for logits"
+        )
+    logits = logits.float() if logits.element_size() < 4 else logits
+    scores = logits.softmax(dim=1).cpu()
+    labels = scores.argmax(dim=1, keepdim=True)
+    costs = macs.tolist()
+    for index, sample in enumerate(data_samples):
+        sample.set_pred_score(scores[index])
+        sample.set_pred_label(labels[index])
+        sample.set_field(costs[index], "macs", dtype=None, field_type="data")
+        sample.set_field(dense_macs, "dense_macs", dtype=None, field_type="data")
+    return data_samples
+
+
 @MODELS.register_module()
 class PatchClassifier(BaseModel):
     """Image classifier of a token backbone and a head, with the modes of an MMEngine model.
@@ -178,22 +211,10 @@ class PatchClassifier(BaseModel):
         Raises:
             DataError: There are no samples to fill.
         """
-        if data_samples is None:
-            raise DataError(
-                "predict needs one data sample per image to fill; use mode='tensor' for logits"
-            )
         features = self.extract(inputs)
-        scores = self.head(features).float().softmax(dim=1).cpu()
-        labels = scores.argmax(dim=1, keepdim=True)
-        macs, dense_macs = self.cost(features)
-        per_image = macs.tolist()
-        for index, sample in enumerate(data_samples):
-            sample.set_pred_score(scores[index])
-            sample.set_pred_label(labels[index])
-            sample.set_field(per_image[index], "macs", dtype=None, field_type="data")
-            sample.set_field(dense_macs, "dense_macs", dtype=None, field_type="data")
-        self.fill(data_samples, features)
-        return data_samples
+        samples = fill_predictions(data_samples, self.head(features), *self.cost(features))
+        self.fill(samples, features)
+        return samples
 
     def fill(self, data_samples: list[Any], features: TokenFeatures) -> None:
         """Write what a method wants to tell about each image into the samples; nothing here.

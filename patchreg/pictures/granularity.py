@@ -10,8 +10,8 @@ import torch
 from mmengine.dataset import default_collate
 
 from patchreg.pictures import add_model_arguments, check_out
+from patchreg.runner.api import load_model
 from patchreg.runner.build import load_config
-from patchreg.runner.compare import load_model
 from patchreg.runner.picture import model_classes, read_samples
 from patchreg.utils.draw import draw_selection
 from patchreg.utils.errors import ConfigError

@@ -17,8 +17,8 @@ from torch import Tensor
 from patchreg.models.selectors.rank import top_mask
 from patchreg.models.selectors.rankers import scores_on_grid
 from patchreg.pictures import add_model_arguments, check_out
+from patchreg.runner.api import load_model
 from patchreg.runner.build import load_config
-from patchreg.runner.compare import load_model
 from patchreg.runner.patchrank import Ranker
 from patchreg.runner.picture import plain_pipeline, read_samples
 from patchreg.utils.errors import ConfigError

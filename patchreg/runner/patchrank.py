@@ -26,8 +26,7 @@ from patchreg.models.layers import kept_cells
 from patchreg.models.selectors.rank import top_mask
 from patchreg.models.selectors.rankers import patch_sides, scores_on_grid
 from patchreg.registry import LOOPS, SELECTORS
-from patchreg.runner.build import load_config
-from patchreg.runner.compare import load_model
+from patchreg.runner.api import load
 from patchreg.structures import PatchSelection
 from patchreg.utils.errors import ConfigError, DataError
 from patchreg.utils.files import write_safely
@@ -85,13 +84,13 @@ class Ranker:
                 module.use(classifier)
             return cls(module.eval())
         weights = config.get("checkpoint") or checkpoint
-        if "config" not in config or weights is None or not set(config) <= _RUN_KEYS:
+        if "config" not in config or not set(config) <= _RUN_KEYS:
             raise ConfigError(
                 f"ranker {dict(config)}: expected type='...Selector', or config='configs/...' of a trained "
-                "model and checkpoint='work_dirs/...' (else the checkpoint on the command line is meant), "
-                "and perhaps img_size and resize"
+                "model and checkpoint='work_dirs/...' (else the checkpoint on the command line is meant, or "
+                "the one that ships with the config), and perhaps img_size and resize"
             )
-        model = load_model(load_config(config["config"]), weights)
+        model = load(config["config"], weights).network
         return cls(model, config.get("img_size"), config.get("resize", "bilinear"))
 
     @torch.no_grad()
@@ -118,7 +117,21 @@ class Ranker:
             inputs = preprocessor(dict(inputs=images), False)["inputs"]
         elif self.img_size is not None:
             inputs = _resize(inputs, self.img_size, self.resize)
-        return self.module.select(inputs)
+        return self.rank(inputs)
+
+    @torch.no_grad()
+    def rank(self, inputs: Tensor) -> PatchSelection:
+        """Rank the patches of images that are preprocessed for the ranker.
+
+        A model that also classifies has a method `rank` for the ranking alone, else `select` is asked.
+
+        Args:
+            inputs: Images as the ranker knows them.
+
+        Shape:
+            inputs [B, 3, H, W].
+        """
+        return getattr(self.module, "rank", self.module.select)(inputs)
 
 
 def _resize(images: Tensor, side: int, mode: str = "bilinear") -> Tensor:
@@ -193,9 +206,7 @@ def rank_patches(
         )
     init_default_scope("patchreg")
     if isinstance(ranker, (str, Path)):
-        if checkpoint is None:
-            raise ConfigError(f"rank_patches needs the checkpoint of '{ranker}'")
-        ranker = load_model(load_config(str(ranker)), checkpoint)
+        ranker = load(ranker, checkpoint).network
     built = Ranker.build(ranker)
     side = img_size or getattr(built.module, "img_size", None)
     images = torch.from_numpy(pixels.copy()).permute(2, 0, 1)

@@ -87,6 +87,7 @@ PLAIN: dict[str, set[str]] = {
     "randomness": {"seed", "diff_rank_seed", "deterministic"},
     "env_cfg": {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"},
     "custom_imports": {"imports", "allow_failed_imports"},
+    "compare": {"label", "checkpoint", "knob", "values", "order"},
 }
 """Top-level dicts that are not built, with their keys."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,116 @@ def draw_ranges(
     axis.set_ylabel(y_label)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_panels(
+    labels: Sequence[str],
+    axes: Mapping[str, Sequence[float]],
+    values: Sequence[float],
+    y_label: str,
+    path: str | Path,
+) -> None:
+    """Draw the same values over several quantities, a panel for each; points of a label are joined.
+
+    Args:
+        labels: Label of each point.
+        axes: For each panel by the label of its x axis, where the points lie.
+        values: Height of each point.
+        y_label: What the values are.
+        path: Picture file to write; its folder is made.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(labels))
+    colours = [*plt.get_cmap("tab10").colors, "black", "gold", "navy", "lime", "salmon"]
+    markers = "osD^vP*X<>"
+    figure, panels = plt.subplots(
+        1, len(axes), figsize=(4.4 * len(axes), 4.6), sharey=True, squeeze=False
+    )
+    for panel, (x_label, places) in zip(panels[0], axes.items()):
+        for number, name in enumerate(names):
+            points = sorted(
+                (x, y) for label, x, y in zip(labels, places, values, strict=True) if label == name
+            )
+            panel.plot(
+                *zip(*points),
+                marker=markers[number % len(markers)],
+                markersize=5,
+                color=colours[number % len(colours)],
+                label=name,
+            )
+        panel.set_xlabel(x_label)
+        panel.grid(alpha=0.3)
+        panel.set_xlim(left=0)
+    panels[0, 0].set_ylabel(y_label)
+    handles, texts = panels[0, 0].get_legend_handles_labels()
+    lines = -(-len(names) // 4)
+    figure.legend(handles, texts, loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.01 + 0.04 * lines, 1, 1))
+    _save(figure, path)
+
+
+def draw_looks(
+    images: np.ndarray,
+    titles: Sequence[str],
+    looks: Mapping[str, tuple[PatchSelection, Sequence[str], Sequence[bool]]],
+    path: str | Path,
+) -> None:
+    """Draw images, and below them what each of several models looked at: fine is bright, coarse dark.
+
+    Args:
+        images: Images as uint8 RGB.
+        titles: What each image is.
+        looks: For each model by its name its selection, its answers, and whether they are right.
+        path: Picture file to write; its folder is made.
+
+    Shape:
+        images [B, H, W, 3].
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    count = len(images)
+    figure, axes = plt.subplots(
+        1 + len(looks),
+        count,
+        figsize=(1.15 * count + 1.9, 1.3 * (1 + len(looks))),
+        squeeze=False,
+        layout="constrained",
+    )
+    for index in range(count):
+        axes[0, index].imshow(images[index], interpolation="nearest")
+        axes[0, index].set_title(titles[index], fontsize=8)
+    axes[0, 0].set_ylabel("image", fontsize=8, rotation=0, ha="right", va="center")
+    for line, (name, (selection, answers, right)) in zip(axes[1:], looks.items()):
+        line[0].set_ylabel(textwrap.fill(name, 14), fontsize=7, rotation=0, ha="right", va="center")
+        height, width = selection.image_size
+        light = selection.pixel_shares().numpy()[..., None]
+        for index, axis in enumerate(line):
+            image = np.asarray(
+                torch.nn.functional.interpolate(
+                    torch.from_numpy(images[index]).permute(2, 0, 1)[None].float(), (height, width)
+                )[0].permute(1, 2, 0)
+            )
+            shown = image / 255 * (0.15 + 0.85 * light[index])
+            axis.imshow(shown, interpolation="nearest")
+            if not selection.tiles():
+                for x0, y0, x1, y1 in selection.boxes[index][selection.order[index] >= 0].tolist():
+                    box = Rectangle(
+                        (x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor="w"
+                    )
+                    axis.add_patch(box)
+            colour = "black" if right[index] else "#c00030"
+            axis.set_title(answers[index], fontsize=7, color=colour, pad=2)
+    for axis in axes.ravel():
+        axis.tick_params(which="both", length=0, labelleft=False, labelbottom=False)
     _save(figure, path)
 
 

@@ -15,14 +15,14 @@ from mmengine.model import BaseModel
 from torch import Tensor
 
 from patchreg.methods.anchornet.budget import solve_thresholds
-from patchreg.methods.anchornet.model import Localisation, fill_samples, window_selection
+from patchreg.methods.anchornet.model import Localisation, window_selection
 from patchreg.methods.anchornet.table import (
     ConfidenceTable,
     check_thresholds,
     stage_costs,
 )
 from patchreg.methods.anchornet.views import crop_windows
-from patchreg.models.base import stack_targets
+from patchreg.models.base import fill_predictions, stack_targets
 from patchreg.registry import MODELS
 from patchreg.structures import PatchSelection
 from patchreg.utils.errors import ConfigError
@@ -138,17 +138,21 @@ class AnchorNetEnsembleClassifier(BaseModel):
         table = ConfidenceTable.load(Path(checkpoint).parent / TABLE)
         self.set_thresholds(solve_thresholds(table, budget))
 
-    def costs(self, shape: tuple[int, ...], stages: int | None = None) -> tuple[float, ...]:
+    def costs(
+        self, shape: tuple[int, ...], stages: int | None = None, localised: bool = True
+    ) -> tuple[float, ...]:
         """Return the multiply-accumulates of an image that stops at each stage.
 
         Args:
             shape: Channels, height and width of the images.
             stages: Stages to tell about; None for those of the model.
+            localised: Count the localiser, which another ranker replaces.
         """
         side = self._window_side(shape)
         first = self.resized.view_macs((shape[0], self.resized.view_size, self.resized.view_size))
         window = self.patch.view_macs((shape[0], side, side))
-        return stage_costs(first, self.anchor.macs(shape), window, stages or self.stages)
+        anchor = self.anchor.macs(shape) if localised else 0.0
+        return stage_costs(first, anchor, window, stages or self.stages)
 
     def _window_side(self, shape: tuple[int, ...]) -> int:
         if self.anchor.window_cells is None:
@@ -218,7 +222,9 @@ class AnchorNetEnsembleClassifier(BaseModel):
         return views, seen, found
 
     @torch.no_grad()
-    def exit_early(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def exit_early(
+        self, inputs: Tensor, rank: Callable[[Tensor], PatchSelection] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Classify a batch and run each stage on the images that are still undecided.
 
         The latency mode: a batch of one image stops as soon as it can. For a whole data set
@@ -226,6 +232,7 @@ class AnchorNetEnsembleClassifier(BaseModel):
 
         Args:
             inputs: Preprocessed images.
+            rank: Ranks the images of some rows in place of the localiser; asked for undecided ones only.
 
         Returns:
             Summed logits, stage at which each image stopped, and the windows looked at (-1 for none).
@@ -246,7 +253,11 @@ class AnchorNetEnsembleClassifier(BaseModel):
             if len(left) == 0:
                 break
             if number == 1:
-                found = self.anchor.localise(inputs[left])
+                if rank is None:
+                    found = self.anchor.localise(inputs[left])
+                else:
+                    size = (inputs.shape[2], inputs.shape[3])
+                    found = self.anchor.place_windows(rank(left), size)
                 windows[left] = found.cells
             chosen = windows[left, number - 1]
             sums[left] = sums[left] + self.window_logits(inputs, left, chosen, found)
@@ -330,7 +341,7 @@ class AnchorNetEnsembleClassifier(BaseModel):
         else:
             sums, stage, cells = self.exit_early(inputs)
         stage = stage.cpu()
-        samples = fill_samples(data_samples, sums, costs[stage], self.resized.view_macs(shape))
+        samples = fill_predictions(data_samples, sums, costs[stage], self.resized.view_macs(shape))
         for index, sample in enumerate(samples):
             fields = {"stage": int(stage[index]), "cells": cells[index].tolist()}
             if views is not None:
@@ -343,6 +354,27 @@ class AnchorNetEnsembleClassifier(BaseModel):
         return samples
 
     @torch.no_grad()
+    def predict_ranked(
+        self, inputs: Tensor, rank: Callable[[Tensor], PatchSelection]
+    ) -> tuple[Tensor, Tensor, float]:
+        """Classify with windows in the order of another ranker.
+
+        Args:
+            inputs: Preprocessed images.
+            rank: Returns the selection for some rows of the batch; its cost is not counted here.
+
+        Returns:
+            Summed logits, cost of each image, cost of the first network on a whole image.
+
+        Shape:
+            inputs [B, 3, H, W]; logits [B, C]; cost [B] float64.
+        """
+        shape = tuple(inputs.shape[1:])
+        logits, stage, _ = self.exit_early(inputs, rank)
+        costs = inputs.new_tensor(self.costs(shape, localised=False), dtype=torch.float64)
+        return logits, costs[stage], self.resized.view_macs(shape)
+
+    @torch.no_grad()
     def select(self, inputs: Tensor) -> PatchSelection:
         """Say which windows are looked at, all others being seen in the shrunk image only.
 
@@ -352,11 +384,46 @@ class AnchorNetEnsembleClassifier(BaseModel):
         Shape:
             inputs [B, 3, H, W].
         """
+        return self._select(inputs, None)
+
+    def rank(self, inputs: Tensor) -> PatchSelection:
+        """Propose windows by the localiser alone, without looking at any.
+
+        Args:
+            inputs: Preprocessed images.
+
+        Shape:
+            inputs [B, 3, H, W].
+        """
+        return self.anchor.select(inputs)
+
+    @torch.no_grad()
+    def select_ranked(
+        self, inputs: Tensor, rank: Callable[[Tensor], PatchSelection]
+    ) -> PatchSelection:
+        """Say which windows are looked at in the order of another ranker.
+
+        Args:
+            inputs: Preprocessed images.
+            rank: Returns the selection for some rows of the batch.
+
+        Shape:
+            inputs [B, 3, H, W].
+        """
+        return self._select(inputs, rank)
+
+    def _select(
+        self, inputs: Tensor, rank: Callable[[Tensor], PatchSelection] | None
+    ) -> PatchSelection:
         shape = tuple(inputs.shape[1:])
-        _, stage, cells = self.exit_early(inputs)
-        found = self.anchor.localise(inputs)
+        _, stage, cells = self.exit_early(inputs, rank)
+        if rank is None:
+            found = self.anchor.localise(inputs)
+        else:
+            everyone = torch.arange(len(inputs), device=inputs.device)
+            found = self.anchor.place_windows(rank(everyone), (shape[1], shape[2]))
         found.cells = cells
-        costs = torch.tensor(self.costs(shape), dtype=torch.float64, device=inputs.device)
+        costs = inputs.new_tensor(self.costs(shape, localised=rank is None), dtype=torch.float64)
         share = min(1.0, self.resized.view_size**2 / (shape[1] * shape[2]))
         size = (shape[1], shape[2])
         dense = self.resized.view_macs(shape)

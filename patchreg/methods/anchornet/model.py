@@ -14,8 +14,14 @@ from torch import Tensor
 
 from patchreg.methods.anchornet.trunk import Window
 from patchreg.methods.anchornet.views import crop_windows, five_crops, resized_view
-from patchreg.models.base import PatchClassifier, TokenFeatures, stack_targets
+from patchreg.models.base import (
+    PatchClassifier,
+    TokenFeatures,
+    fill_predictions,
+    stack_targets,
+)
 from patchreg.models.macs import conv_macs
+from patchreg.models.selectors.rankers import scores_on_grid
 from patchreg.registry import MODELS, SELECTORS
 from patchreg.structures import PatchSelection
 from patchreg.utils.errors import ConfigError, DataError
@@ -184,6 +190,27 @@ class AnchorNetClassifier(PatchClassifier):
             window = Window(self.window_cells * stride, stride)
             cam = F.avg_pool2d(cam, self.window_cells, 1)
         return Localisation(logits, cam, self.selector(cam, window), window)
+
+    def place_windows(self, selection: PatchSelection, size: tuple[int, int]) -> Localisation:
+        """Find the windows that another ranker speaks for; a window counts with the mean of its scores.
+
+        Args:
+            selection: What the ranker answered.
+            size: Height and width of the images in px.
+
+        Raises:
+            ConfigError: The backbone's cells have no exact window.
+        """
+        if self.window_cells is not None:
+            raise ConfigError(
+                "windows of another ranker need a backbone without padding, whose cells have exact windows; "
+                "leave out window_cells"
+            )
+        window = self.backbone.window
+        window.grid(*size)
+        pixels = scores_on_grid(selection, size).unflatten(1, (1, *size))
+        scores = F.avg_pool2d(pixels, window.side, window.stride)[:, 0]
+        return Localisation(scores.flatten(1), scores, self.selector(scores, window), window)
 
     @torch.no_grad()
     def select(self, inputs: Tensor) -> PatchSelection:
@@ -507,7 +534,9 @@ class AnchorNetPatchClassifier(AnchorNetViewClassifier):
         """
         features = self.extract(inputs)
         assert features.macs is not None
-        return fill_samples(data_samples, features.tokens[:, 0], features.macs, features.dense_macs)
+        return fill_predictions(
+            data_samples, features.tokens[:, 0], features.macs, features.dense_macs
+        )
 
     @torch.no_grad()
     def select(self, inputs: Tensor) -> PatchSelection:
@@ -537,35 +566,3 @@ def _without_anchor(
 def _no_anchor_needed(module: torch.nn.Module, incompatible: Any) -> None:
     kept = [key for key in incompatible.missing_keys if not key.startswith("anchor.")]
     incompatible.missing_keys[:] = kept
-
-
-def fill_samples(
-    data_samples: list[Any] | None, logits: Tensor, macs: Tensor, dense_macs: float
-) -> list[Any]:
-    """Write predictions and cost into the samples of a batch.
-
-    Args:
-        data_samples: Samples to fill.
-        logits: One row per sample.
-        macs: Multiply-accumulates per image.
-        dense_macs: Those of the dense twin.
-
-    Shape:
-        logits [B, C]; macs [B].
-
-    Raises:
-        DataError: There are no samples to fill.
-    """
-    if data_samples is None:
-        raise DataError(
-            "predict needs one data sample per image to fill; use mode='tensor' for logits"
-        )
-    scores = logits.float().softmax(dim=1).cpu()
-    labels = scores.argmax(dim=1, keepdim=True)
-    costs = macs.tolist()
-    for index, sample in enumerate(data_samples):
-        sample.set_pred_score(scores[index])
-        sample.set_pred_label(labels[index])
-        sample.set_field(costs[index], "macs", dtype=None, field_type="data")
-        sample.set_field(dense_macs, "dense_macs", dtype=None, field_type="data")
-    return data_samples

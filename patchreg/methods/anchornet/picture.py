@@ -24,8 +24,8 @@ from patchreg.methods.anchornet.ensemble import (
 from patchreg.methods.anchornet.queue import EarlyExitQueue
 from patchreg.methods.anchornet.table import ConfidenceTable
 from patchreg.pictures import check_out
+from patchreg.runner.api import load_model
 from patchreg.runner.build import EngineRunner, config_errors, load_config, resolve_checkpoint
-from patchreg.runner.compare import load_model
 from patchreg.utils.errors import ConfigError
 from patchreg.utils.files import write_safely
 

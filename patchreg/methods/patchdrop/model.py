@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from patchreg.methods.patchdrop.mask import cell_size, mask_patches
 from patchreg.methods.patchdrop.selector import bounded_probability, log_probability
-from patchreg.models.base import stack_targets
+from patchreg.models.base import fill_predictions, stack_targets
 from patchreg.registry import MODELS
 from patchreg.runner.checkpoint import load_state
 from patchreg.structures import PatchSelection
@@ -445,24 +445,14 @@ class PatchDropClassifier(BaseModel):
         Raises:
             DataError: There are no samples to fill.
         """
-        if data_samples is None:
-            raise DataError(
-                "predict needs one data sample per image to fill; use mode='tensor' for logits"
-            )
         out = self.run(inputs)
-        scores = out.logits.softmax(dim=1).cpu()
-        labels = scores.argmax(dim=1, keepdim=True)
+        samples = fill_predictions(data_samples, out.logits, out.macs, out.dense_macs)
         right, wrong = self.policy_loss.values(out.actions.float())
         rewards = torch.cat((right, wrong), dim=1).tolist()
         blank = self.blank_label(inputs)
-        macs, actions = out.macs.tolist(), out.actions.cpu()
-        probability = out.probability.cpu()
-        for index, sample in enumerate(data_samples):
-            sample.set_pred_score(scores[index])
-            sample.set_pred_label(labels[index])
+        actions, probability = out.actions.cpu(), out.probability.cpu()
+        for index, sample in enumerate(samples):
             values = dict(
-                macs=macs[index],
-                dense_macs=out.dense_macs,
                 patch_keep=actions[index],
                 patch_probability=probability[index],
                 patch_rewards=rewards[index],
@@ -470,7 +460,7 @@ class PatchDropClassifier(BaseModel):
             )
             for name, value in values.items():
                 sample.set_field(value, name, dtype=None, field_type="data")
-        return data_samples
+        return samples
 
     @torch.no_grad()
     def select(self, inputs: Tensor) -> PatchSelection:
@@ -484,7 +474,26 @@ class PatchDropClassifier(BaseModel):
         Shape:
             inputs [B, 3, H, W].
         """
-        out = self.run(inputs)
+        return self._selection(inputs, self.run(inputs))
+
+    @torch.no_grad()
+    def rank(self, inputs: Tensor) -> PatchSelection:
+        """Say which patches would be acquired; the classifier does not run, and the cost is the policy's.
+
+        Args:
+            inputs: Preprocessed images.
+
+        Shape:
+            inputs [B, 3, H, W].
+        """
+        logits, macs = self.selector(self.overview(inputs))
+        probability = logits.sigmoid()
+        actions = self.force_inactive(self.selector.decide(probability))
+        spent = logits.new_full((len(inputs),), macs, dtype=torch.float64)
+        return self._selection(inputs, PatchDropOutput(logits, probability, actions, spent, macs))
+
+    def _selection(self, inputs: Tensor, out: PatchDropOutput) -> PatchSelection:
+        """Put decisions into the common vocabulary."""
         height, width = inputs.shape[2:]
         cells = cell_size((height, width), self.grid, self.patch_size)
         seen = min(1.0, self.overview.size**2 / (height * width))

@@ -14,8 +14,8 @@ from mmengine.dataset import default_collate
 from patchreg.methods.patchdrop.mask import expand_actions
 from patchreg.methods.patchdrop.model import PatchDropClassifier
 from patchreg.pictures import add_model_arguments, check_out
+from patchreg.runner.api import load_model
 from patchreg.runner.build import load_config
-from patchreg.runner.compare import load_model
 from patchreg.runner.picture import model_classes, read_samples
 from patchreg.utils.errors import ConfigError
 from patchreg.utils.files import write_safely

@@ -15,8 +15,8 @@ from torch import Tensor
 from patchreg.methods.patchgame.model import PatchGamePretrainer
 from patchreg.pictures import check_out
 from patchreg.pictures.ranks import plain_images
+from patchreg.runner.api import load_model
 from patchreg.runner.build import load_config
-from patchreg.runner.compare import load_model
 from patchreg.utils.errors import ConfigError
 from patchreg.utils.files import write_safely
 
