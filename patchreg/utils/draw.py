@@ -304,7 +304,13 @@ def draw_looks(
     _save(figure, path)
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure of Matplotlib in one step and close it.
+
+    Args:
+        figure: The figure.
+        path: Picture file to write, PNG without an ending; its folder is made.
+    """
     from matplotlib import pyplot as plt
 
     path = Path(path)
@@ -313,3 +319,6 @@ def _save(figure: Any, path: str | Path) -> None:
     figure.savefig(picture, dpi=140, format=path.suffix.lstrip(".") or "png")
     plt.close(figure)
     write_safely(path, picture.getvalue())
+
+
+_save = save_figure
