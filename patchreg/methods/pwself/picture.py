@@ -153,7 +153,7 @@ def _draw(
             fontsize=8,
             bbox=dict(facecolor=style["edgecolor"], pad=1.5, linewidth=0),
         )
-        _draw_view(axis, views[view], grids[view], pairs[view], colours)
+        draw_view(axis, views[view], grids[view], pairs[view], colours)
         mirrored = ", mirrored" if geometry.flips[0, view] else ""
         axis.set_title(
             f"{name}: {grids[view][0]} x {grids[view][1]} patches{mirrored}", fontsize=10
@@ -170,9 +170,27 @@ def _draw(
     write_safely(out, buffer.getvalue())
 
 
-def _draw_view(
-    axis: Any, view: np.ndarray, grid: tuple[int, int], tokens: Tensor, colours: np.ndarray
+def draw_view(
+    axis: Any,
+    view: np.ndarray,
+    grid: tuple[int, int],
+    tokens: Tensor,
+    colours: np.ndarray,
+    numbers: bool = True,
 ) -> None:
+    """Draw a view with its grid of patches, and its matched patches coloured and numbered.
+
+    Args:
+        axis: Axis of Matplotlib.
+        view: The view.
+        grid: Rows and columns of patches.
+        tokens: Its matched tokens, the class token first.
+        colours: One colour per pair of patches.
+        numbers: Whether to write the number of the pair into each patch.
+
+    Shape:
+        view [H, W, 3] uint8; tokens [1 + M]; colours [M, 4].
+    """
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
@@ -192,6 +210,8 @@ def _draw_view(
         axis.add_patch(
             Rectangle(place, width, height, color=colours[number - 1], alpha=0.45, linewidth=0)
         )
+        if not numbers:
+            continue
         axis.text(
             place[0] + width / 2,
             place[1] + height / 2,

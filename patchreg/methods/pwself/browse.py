@@ -1,0 +1,76 @@
+"""What PW-Self adds to the pictures of its data: which patches of two views are compared."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from torch import Tensor
+
+from patchreg.methods.pwself.matching import match_pair
+from patchreg.methods.pwself.model import PWSelfPretrainer
+from patchreg.methods.pwself.picture import draw_view
+from patchreg.registry import MODELS
+from patchreg.runner.browse import Look, Panel, Strip, view_colours
+
+
+def strips(config: Config, look: Look) -> list[Strip]:
+    """Return pairs of a teacher's and a student's view with equal colours on matched patches.
+
+    Args:
+        config: Config of a run.
+        look: One image.
+    """
+    model = config.model
+    if look.geometry is None or not issubclass(MODELS.get(model["type"]), PWSelfPretrainer):
+        return []
+    patch = _value(MODELS.get(model.backbone["type"]), model.backbone, "patch_size")
+    teachers = _value(PWSelfPretrainer, model, "num_global")
+    rule = _value(PWSelfPretrainer, model, "matching")
+    panels: list[Panel] = []
+    pairs = [(a, b) for a, b in product(range(teachers), range(len(look.fed))) if a != b]
+    for pair in pairs[: max(len(look.fed) // 2, 1)]:
+        sizes = [look.geometry.sizes[view] for view in pair]
+        grids = [(height // patch, width // patch) for height, width in sizes]
+        tokens = match_pair(look.geometry, pair, (grids[0], grids[1]), rule)[0]
+        panels += _pair(look, pair, grids, tokens)
+    return [Strip(f"matched patches\n({rule})", panels)]
+
+
+def _value(owner: Any, settings: Any, name: str) -> Any:
+    """Return an argument of a config, or its default."""
+    return settings.get(name, inspect.signature(owner).parameters[name].default)
+
+
+def _pair(
+    look: Look, pair: tuple[int, int], grids: list[tuple[int, int]], tokens: tuple[Tensor, Tensor]
+) -> list[Panel]:
+    import matplotlib
+
+    count = len(tokens[0]) - 1
+    colours = matplotlib.colormaps["hsv"](np.linspace(0, 0.92, max(count, 1)))
+    panels = []
+    for view, grid, matched, role in zip(pair, grids, tokens, ("teacher", "student"), strict=True):
+        image = look.fed[view]
+        panels.append(
+            Panel(
+                f"view {view + 1} ({role})\n{grid[0]} x {grid[1]} patches",
+                image,
+                note=f"{count} pairs" if role == "teacher" else "",
+                colour=view_colours(len(look.fed))[view],
+                draw=partial(
+                    draw_view,
+                    view=image,
+                    grid=grid,
+                    tokens=matched,
+                    colours=colours,
+                    # In so small a picture more would overlap.
+                    numbers=max(grid) <= 8,
+                ),
+            )
+        )
+    return panels
