@@ -102,7 +102,7 @@ def draw_selection(
     figure.colorbar(
         shown, ax=axes[1:, :].ravel().tolist(), label=meaning, shrink=0.9, aspect=10 + 10 * layers
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_curves(
@@ -129,7 +129,7 @@ def draw_curves(
         axis.set_xlabel(x_label)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_lines(
@@ -158,7 +158,7 @@ def draw_lines(
     axis.set_ylabel(y_label)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_ranges(
@@ -191,7 +191,7 @@ def draw_ranges(
     axis.set_ylabel(y_label)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_panels(
@@ -241,7 +241,7 @@ def draw_panels(
     lines = -(-len(names) // 4)
     figure.legend(handles, texts, loc="lower center", ncols=4, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.01 + 0.04 * lines, 1, 1))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_looks(
@@ -301,7 +301,7 @@ def draw_looks(
             axis.set_title(answers[index], fontsize=7, color=colour, pad=2)
     for axis in axes.ravel():
         axis.tick_params(which="both", length=0, labelleft=False, labelbottom=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
@@ -319,6 +319,3 @@ def save_figure(figure: Any, path: str | Path) -> None:
     figure.savefig(picture, dpi=140, format=path.suffix.lstrip(".") or "png")
     plt.close(figure)
     write_safely(path, picture.getvalue())
-
-
-_save = save_figure
