@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ LARGE = pytest.mark.slow
     "leaf", [leaf if "quick" in leaf else pytest.param(leaf, marks=LARGE) for leaf in LEAVES]
 )
 def test_every_config_is_explained(leaf: str) -> None:
+    begun = time.process_time()
     text = explain(leaf)
+    assert time.process_time() - begun <= 10.0
     assert f"  {leaf} " in text
     assert "(not run" not in text
     assert len(re.findall(r"^MODEL at 3 x \d+ x \d+", text, flags=re.MULTILINE)) >= 1
@@ -51,6 +54,11 @@ def test_shapes_parameters_and_costs_are_right() -> None:
     whole = 4 * block + 64 * 48 * 128 + 128 * 10
     assert cells(text, "model")[1] == "1 x 10"
     assert cells(text, "model")[-1] == f"{whole / 1e6:.2f}"
+
+
+def test_the_model_that_counts_its_own_cost_is_counted_once() -> None:
+    text = explain("configs/patchdrop/quick_classifier.py")
+    assert cells(text, "conv1")[-1] == f"{16 * 32 * 32 * 27 / 1e6:.2f}"
 
 
 def test_each_value_belongs_to_the_file_that_sets_it() -> None:

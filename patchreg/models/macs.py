@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def conv_macs(module: nn.Module, shape: tuple[int, ...]) -> float:
@@ -32,14 +33,19 @@ def conv_macs(module: nn.Module, shape: tuple[int, ...]) -> float:
     handles = [
         layer.register_forward_hook(count) for layer in module.modules() if isinstance(layer, kinds)
     ]
-    state: dict[str, Any] = {
-        name: value.detach().to("meta", torch.float32 if value.is_floating_point() else None)
-        for name, value in (*module.named_parameters(), *module.named_buffers())
-    }
     training = {layer: layer.training for layer in module.modules()}
     try:
         module.eval()
-        with torch.no_grad():
+        # Whoever counts or follows what goes on, such as `explain`, must not see this run too.
+        with torch.no_grad(), _disable_current_modes():
+            state: dict[str, Any] = {
+                name: torch.empty(
+                    value.shape,
+                    dtype=torch.float32 if value.is_floating_point() else value.dtype,
+                    device="meta",
+                )
+                for name, value in (*module.named_parameters(), *module.named_buffers())
+            }
             functional_call(module, state, (torch.zeros((1, *shape), device="meta"),))
     finally:
         for handle in handles:

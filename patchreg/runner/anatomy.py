@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchreg.registry import MODELS
 from patchreg.runner.build import load_config
+from patchreg.runner.rehearsal import image_side, model_spec, side_of, without_data
 from patchreg.utils.errors import UserError
 
 _DEPTH = 3
@@ -148,10 +149,7 @@ def parts_table(path: str) -> str:
     """
     config = load_config(path, moved={"work_dirs": "work_dirs"})
     init_default_scope(config.get("default_scope", "patchreg"))
-    spec = config.model.to_dict()
-    preprocessor = config.get("data_preprocessor")
-    if preprocessor is not None:
-        spec.setdefault("data_preprocessor", dict(preprocessor))
+    spec = model_spec(config)
     given = image_side(config)
     try:
         model, side, shapes, macs, note = _run_fake(spec, given)
@@ -178,28 +176,6 @@ def parts_table(path: str) -> str:
     return "\n".join(row.rstrip() for row in rows)
 
 
-def image_side(config: Config) -> int:
-    """Return the side of the images in px that a config's model takes, as far as the config tells.
-
-    Args:
-        config: A loaded config.
-    """
-    backbone = config.model.get("backbone") or {}
-    if isinstance(backbone, Mapping) and isinstance(backbone.get("img_size"), int):
-        return backbone["img_size"]
-    for key in ("test_dataloader", "val_dataloader", "train_dataloader"):
-        dataset = (config.get(key) or {}).get("dataset") or {}
-        for step in reversed(dataset.get("pipeline") or []):
-            for name in ("crop_size", "size", "scale"):
-                value = step.get(name)
-                value = value[0] if isinstance(value, (list, tuple)) and value else value
-                if isinstance(value, int) and not isinstance(value, bool):
-                    return value
-        if dataset.get("type") in ("CIFAR10Dataset", "CIFAR100Dataset", "QuickStartDataset"):
-            return 32
-    return 224
-
-
 def _shown(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the parts worth a line; of a list of equal blocks only the first one."""
     yield "", model
@@ -221,18 +197,16 @@ _Run = tuple[nn.Module, int, dict[str, str], dict[str, float], str]
 
 
 def _run_fake(spec: dict[str, Any], side: int) -> _Run:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
+    with without_data():
         model = MODELS.build(spec).eval()
-        side = _side_of(model, side)
+        side = side_of(model, side)
         shapes, macs = _forward(model, torch.zeros(1, 3, side, side))
     return model, side, shapes, macs, ""
 
 
 def _run_real(spec: dict[str, Any], side: int) -> _Run:
     model = MODELS.build(spec).eval()
-    side = _side_of(model, side)
+    side = side_of(model, side)
     try:
         shapes, macs = _forward(model, torch.zeros(1, 3, side, side))
     except UserError:
@@ -241,15 +215,6 @@ def _run_real(spec: dict[str, Any], side: int) -> _Run:
         return model, side, {}, {}, f" (not run: {type(error).__name__}: {str(error)[:80]})"
     note = " (one black image: the cost of models that choose depends on the image)"
     return model, side, shapes, macs, note
-
-
-def _side_of(model: nn.Module, side: int) -> int:
-    """Return the side of images that a model insists on, such as one that timm has built, else `side`."""
-    for module in model.modules():
-        size = getattr(module, "img_size", None)
-        if isinstance(size, (tuple, list)) and size and isinstance(size[0], int):
-            return size[0]
-    return max(side, getattr(model, "min_image_size", 0))
 
 
 def _forward(model: nn.Module, image: Tensor) -> tuple[dict[str, str], dict[str, float]]:

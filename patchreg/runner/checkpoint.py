@@ -7,7 +7,7 @@ import logging
 import os
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -299,8 +299,39 @@ def load_state(
         )
 
 
+def parts_to_load(
+    model: nn.Module, missing_ok: bool = False
+) -> Iterator[tuple[nn.Module, str, dict[str, Tensor]]]:
+    """Yield the parts of a model that name weights by `init_cfg`, with the file and its weights.
+
+    Args:
+        model: The model, not wrapped.
+        missing_ok: Pass over files that do not exist, which an earlier stage is to write.
+
+    Raises:
+        MissingFileError: A file does not exist.
+        CheckpointError: A file is damaged.
+    """
+    for module in model.modules():
+        config = getattr(module, "init_cfg", None)
+        if not isinstance(config, Mapping) or config.get("type") != "Pretrained":
+            continue
+        path = config["checkpoint"]
+        if missing_ok and not os.path.isfile(path):
+            continue
+        check_file(path)
+        state = state_dict_of(load_file(path), path)
+        prefix = config.get("prefix") or ""
+        prefix += "." if prefix and not prefix.endswith(".") else ""
+        yield (
+            module,
+            path,
+            {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)},
+        )
+
+
 def load_parts(model: nn.Module, logger: logging.Logger | None = None) -> None:
-    """Load the weights that parts of a model name themselves, `init_cfg=dict(type="Pretrained", ...)`.
+    """Load the weights that parts of a model name themselves.
 
     MMEngine does so before a training only, and passes over weights that do not fit.
 
@@ -312,16 +343,5 @@ def load_parts(model: nn.Module, logger: logging.Logger | None = None) -> None:
         MissingFileError: A file does not exist.
         CheckpointError: A file is damaged or belongs to another model.
     """
-    for module in model.modules():
-        config = getattr(module, "init_cfg", None)
-        if not isinstance(config, Mapping) or config.get("type") != "Pretrained":
-            continue
-        path = config["checkpoint"]
-        check_file(path)
-        state = state_dict_of(load_file(path), path)
-        prefix = config.get("prefix") or ""
-        prefix += "." if prefix and not prefix.endswith(".") else ""
-        state = {
-            key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)
-        }
+    for module, path, state in parts_to_load(model):
         load_state(module, state, path, strict=False, logger=logger)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from patchreg.runner.build import (
     resolve_checkpoint,
 )
 from patchreg.runner.explain import describe
+from patchreg.runner.rehearsal import rehearse
 from patchreg.utils.errors import ConfigError, MissingFileError, ProcessLostError, UserError
 from patchreg.utils.weights import how_to_get
 
@@ -29,6 +31,7 @@ _LOST = re.compile(
     r"|nccl.*(remote|abort|timeout)",
     re.IGNORECASE,
 )
+_NO_WRITING = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
 def train(
@@ -92,6 +95,7 @@ def train(
         config.resume = True
         config.load_from = _existing(resume)
     if dry_run:
+        rehearse(config)
         print(describe(config))
         return {}
     if config.get("train_cfg") is None:
@@ -149,6 +153,7 @@ def evaluate(
     for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
         config.pop(key, None)
     if dry_run:
+        rehearse(config)
         print(describe(config))
         return {}
     if config.get("test_cfg") is None:
@@ -175,12 +180,22 @@ def _told_by_every_process() -> Iterator[None]:
 
     Raises:
         ProcessLostError: Another process of the run has gone.
+        UserError: Logs cannot be written any more; checkpoints say so themselves.
     """
     try:
         yield
     except UserError as error:
         error.own = True
         raise
+    except OSError as error:
+        if error.errno not in _NO_WRITING:
+            raise
+        full = UserError(
+            f"the run cannot write its logs any more ({error.strerror}); its checkpoints are as they were: "
+            "make room or mend the folder, then continue with --resume"
+        )
+        full.own = True
+        raise full from error
     except RuntimeError as error:
         if not dist.is_initialized() or not _LOST.search(str(error)):
             raise
@@ -243,7 +258,8 @@ def leave_nothing_behind(work_dir: str) -> Iterator[None]:
                 else:
                     item.unlink(missing_ok=True)
             for item, content in kept.items():
-                item.write_bytes(content)
+                if not item.is_file() or item.read_bytes() != content:
+                    item.write_bytes(content)
             for item in made:
                 item.rmdir()
         raise
