@@ -1,24 +1,28 @@
-"""What a run says when its surroundings fail: a lost or missing process, a port in use, a full disk."""
+"""What a run says when its surroundings fail: a lost process, a port in use, a full or read-only disk."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import ddp_parts
 import launches
 import pytest
+from mmengine.visualization import LocalVisBackend
 
 from patchreg.runner import build
+from patchreg.runner.checkpoint import check_file
 from patchreg.runner.run import train
-from patchreg.utils.errors import ConfigError
+from patchreg.utils.errors import ConfigError, UserError
 
 pytestmark = pytest.mark.ddp
 
@@ -71,6 +75,41 @@ def ends(processes: list[subprocess.Popen], seconds: float = 120) -> list[int]:
     finally:
         for process in processes:
             process.kill()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MB in memory, to be filled or remounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("needs root to mount a tmpfs: run as root, in a container with CAP_SYS_ADMIN")
+    made = mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder))
+    if made.returncode:
+        pytest.skip(
+            f"cannot mount a tmpfs ({made.stderr.strip()}): give the container CAP_SYS_ADMIN"
+        )
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def mount(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+
+
+def alone(config: Path, work_dir: Path, *options: str) -> tuple[int, str]:
+    """Train in one process; return its exit code and what it said."""
+    done = subprocess.run(
+        [sys.executable, str(ddp_parts.ROOT / "tools/train.py"), str(config)]
+        + ["--work-dir", str(work_dir), *options],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr
 
 
 def said(config: Path, rank: int) -> str:
@@ -187,15 +226,81 @@ def test_a_full_disk_is_told_before_the_first_iteration(
     assert not (config.parent / "run").exists()
 
 
+OFTEN = {
+    "default_hooks.checkpoint.by_epoch": False,
+    "default_hooks.checkpoint.interval": 1,
+    "default_hooks.checkpoint.max_keep_ckpts": -1,
+}
+
+
+def test_a_disk_that_fills_up_costs_no_checkpoint(config: Path, disk: Path) -> None:
+    """Each checkpoint has 0.3 MB, so that the seventh has no room; the run goes on when there is some."""
+    work_dir = disk / "run"
+    options = [f"{key}={value}" for key, value in OFTEN.items()]
+    code, said = alone(config, work_dir, "--cfg-options", *options)
+    assert code == 2, said
+    assert "cannot be written (No space left on device); those before it are as they" in said
+    assert "Traceback" not in said
+    kept = sorted(work_dir.glob("*.pth"))
+    assert 3 < len(kept) < 10
+    assert not list(work_dir.glob(".*"))
+    before = [path.read_bytes() for path in kept]
+    for path in kept:
+        check_file(path, required=True)
+    # Still full: said before the first iteration, and nothing is harmed.
+    (work_dir / "others").write_bytes(bytes(free(work_dir) - 2**16))
+    with pytest.raises(ConfigError, match=r"0\.1 MB left, and one checkpoint needs about 0\.\d MB"):
+        train(str(config), work_dir=str(work_dir), options=OFTEN, resume="auto")
+    assert [path.read_bytes() for path in kept] == before
+    assert mount("-o", "remount,size=64m", str(disk)).returncode == 0
+    train(str(config), work_dir=str(work_dir), options=OFTEN, resume="auto")
+    train(str(config), work_dir=str(config.parent / "whole"), options=OFTEN)
+    found, expected = launches.scalars(work_dir), launches.scalars(config.parent / "whole")
+    assert len(expected) == 22
+    assert found == expected
+
+
+def free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def test_logs_that_cannot_be_written_end_the_run_in_words(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(LocalVisBackend, "add_scalars", full)
+    with pytest.raises(
+        UserError, match=r"cannot write its logs any more \(No space left on device"
+    ):
+        train(str(config), work_dir=str(config.parent / "run"))
+
+
+def test_a_read_only_folder_is_told_before_the_first_iteration(config: Path, disk: Path) -> None:
+    work_dir = disk / "run"
+    # In a process of its own: a disk with open files stays writable.
+    assert alone(config, work_dir, "--cfg-options", "train_cfg.max_epochs=1")[0] == 0
+    before = {path: path.read_bytes() for path in work_dir.rglob("*") if path.is_file()}
+    made = mount("-o", "remount,ro", str(disk))
+    assert made.returncode == 0, made.stderr
+    code, said = alone(config, work_dir, "--resume")
+    assert code == 2, said
+    assert said.splitlines()[-1].startswith(
+        f"error: work dir '{work_dir}' cannot be written (Read-only file system)"
+    )
+    assert "Traceback" not in said
+    with pytest.raises(ConfigError, match=r"new' cannot be made \(Read-only file system\)"):
+        train(str(config), work_dir=str(disk / "new"))
+    assert mount("-o", "remount,rw", str(disk)).returncode == 0
+    assert {path: path.read_bytes() for path in work_dir.rglob("*") if path.is_file()} == before
+    train(str(config), work_dir=str(work_dir), resume="auto")
+    assert launches.last_step(work_dir) == 20
+
+
 @pytest.mark.parametrize("folder", ["/proc/run", "/dev/null/run"])
 def test_a_folder_that_cannot_be_made_is_one_message(config: Path, folder: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ddp_parts.ROOT / "tools/train.py"), str(config), "--work-dir", folder],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert folder in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    code, said = alone(config, Path(folder))
+    assert code == 2, said
+    assert folder in said.splitlines()[-1]
+    assert "Traceback" not in said

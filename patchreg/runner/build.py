@@ -6,6 +6,7 @@ import copy
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -687,6 +688,13 @@ def build_runner(config: Config) -> EngineRunner:
     except OSError as error:
         raise ConfigError(
             f"work dir '{folder}' cannot be made ({error.strerror}); choose another with --work-dir"
+        ) from error
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"work dir '{folder}' cannot be written ({error.strerror}); what is in it is as it was: mend it, "
+            "or choose another with --work-dir"
         ) from error
     with config_errors("the config cannot be built"):
         return EngineRunner.from_cfg(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import errno
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ _LOST = re.compile(
     r"|nccl.*(remote|abort|timeout)",
     re.IGNORECASE,
 )
+_NO_WRITING = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 _NO_WRITING = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
