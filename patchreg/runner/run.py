@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import errno
 import os
 import re
 import shutil
@@ -32,7 +31,6 @@ _LOST = re.compile(
     r"|nccl.*(remote|abort|timeout)",
     re.IGNORECASE,
 )
-_NO_WRITING = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 _NO_WRITING = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
