@@ -138,10 +138,16 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["patchreg", "patchreg.*"]), "patchreg_ops"],
-    package_dir={"patchreg": "patchreg", "patchreg_ops": "ops"},
+    packages=[
+        *find_packages(include=["patchreg", "patchreg.*"]),
+        "patchreg.configs",
+        "patchreg_ops",
+    ],
+    # Configs go along, so that patchreg.load("dge/quick") works without a checkout.
+    package_dir={"patchreg": "patchreg", "patchreg.configs": "configs", "patchreg_ops": "ops"},
     package_data={
         "patchreg": ["**/*.json", "**/*.npz", "**/*.txt"],
+        "patchreg.configs": ["**/*.py", "**/*.yml", "**/*.pth", "**/*.safetensors"],
         "patchreg_ops": ["csrc/*", "README.md"],
     },
     install_requires=[
@@ -163,6 +169,7 @@ setup(
         "faiss-cpu": ["faiss-cpu"],
         "faiss-gpu": ["faiss-gpu"],
         "tensorboard": ["tensorboard"],
+        "export": ["onnx", "onnxscript", "onnxruntime"],
         "dev": [
             "pytest",
             "pytest-xdist",
@@ -170,6 +177,9 @@ setup(
             "mypy",
             "hypothesis",
             "tensorboard",
+            "onnx",
+            "onnxscript",
+            "onnxruntime",
             "scikit-learn",
             "scipy",
         ],

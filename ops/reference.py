@@ -264,7 +264,7 @@ def region_unpool_dense(
         step, rows, columns = geometry
         part = wide[:, start : start + rows * columns].unflatten(1, (rows, columns))
         part = part * _row_weight(gate, index, geometry, max(splits), (height, width), wide)
-        cells += part[:, y // step, x // step]
+        cells = cells + part[:, y // step, x // step]
         start += rows * columns
     out = torch.cat([wide[:, :extra], cells.flatten(1, 2)], dim=1)
     if reference is not None:

@@ -21,7 +21,7 @@ import torch
 from patchreg.converters import shared_converters
 from patchreg.registry import method_modules
 from patchreg.utils.errors import CheckpointError, ConfigError
-from patchreg.utils.files import replace_safely
+from patchreg.utils.files import write_through
 from patchreg.utils.weights import container_of, load_file, state_dict_of
 
 _SHOWN = 3
@@ -89,14 +89,10 @@ def convert_file(
 
 
 def _write(target: str, write: Callable[[str], Any]) -> None:
-    partial = str(Path(target).with_name(f".{Path(target).name}.{os.getpid()}.partial"))
     try:
-        write(partial)
-        replace_safely(partial, target)
+        write_through(target, write)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"'{target}' cannot be written: {error}") from error
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def sync(path: str | os.PathLike[str]) -> None:
@@ -42,3 +44,22 @@ def write_safely(path: str | os.PathLike[str], content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content)
     replace_safely(partial, path)
+
+
+def write_through(path: str | os.PathLike[str], write: Callable[[str], Any]) -> None:
+    """Let a function write a file under a temporary name, which becomes its final one in the end.
+
+    Args:
+        path: File to write or replace.
+        write: Gets the temporary name, in the same folder and with the same ending.
+
+    Raises:
+        Exception: Whatever `write` raises; the old file is as it was then.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        write(str(partial))
+        replace_safely(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

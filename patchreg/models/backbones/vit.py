@@ -215,7 +215,7 @@ class VisionTransformerBackbone(BaseModule):
         """
         tokens, grid = self.patch_embed(images)
         front = [
-            getattr(self, name).expand(len(tokens), -1, -1)
+            getattr(self, name).expand(tokens.shape[0], -1, -1)
             for name in ("cls_token", "dist_token")
             if hasattr(self, name)
         ]
