@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from patchreg.pictures import add_model_arguments, check_out
 from patchreg.runner.api import load
 from patchreg.runner.predict import Prediction
-from patchreg.utils.files import write_safely
+from patchreg.utils.draw import save_figure
 
 HELP = {"patches": "boxes that are looked at, in their order, and the map they come from"}
 _SHOWN = 16
@@ -71,12 +70,7 @@ def draw_patches(found: Sequence[Prediction], path: str | Path) -> None:
         _draw_boxes(column[0], one, colours)
         _draw_map(column[1], one)
         _draw_classes(column[2], one)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=140, format=path.suffix.lstrip(".") or "png")
-    plt.close(figure)
-    write_safely(path, picture.getvalue())
+    save_figure(figure, path)
 
 
 def _draw_boxes(axis: Any, one: Prediction, colours: Sequence[Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from patchreg.runner.api import load_model
 from patchreg.runner.build import load_config
 from patchreg.runner.patchrank import Ranker
 from patchreg.runner.picture import plain_pipeline, read_samples
+from patchreg.utils.draw import save_figure
 from patchreg.utils.errors import ConfigError
-from patchreg.utils.files import write_safely
 
 HELP = {"ranks": "importance of the patches, and the image with the best ones alone"}
 
@@ -134,8 +133,4 @@ def draw_ranks(
     for axis, label in zip(axes[:, 0], ("image", "rank", f"best {keep} of {score.shape[1]}")):
         axis.set_ylabel(label, fontsize=8)
     figure.colorbar(shown, ax=axes[1].tolist(), label="rank, 1 is best", shrink=0.9)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=140, format=Path(path).suffix.lstrip("."))
-    plt.close(figure)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_safely(path, picture.getvalue())
+    save_figure(figure, path)

@@ -32,6 +32,7 @@ from patchreg.methods.anchornet.queue import EarlyExitQueue
 from patchreg.methods.anchornet.table import ConfidenceTable
 from patchreg.registry import LOOPS
 from patchreg.runner.checkpoint import seal
+from patchreg.utils.draw import save_figure
 from patchreg.utils.errors import ConfigError
 from patchreg.utils.files import replace_safely, write_safely
 
@@ -103,7 +104,9 @@ class AnchorNetTableLoop(TestLoop):
             table.setup = self.setup
             table.save(folder / TABLE)
             _save(table.to_official(), folder / OFFICIAL_TABLE)
-            _save({"state_dict": self.model.state_dict()}, folder / WEIGHTS)
+            classes = getattr(self.dataloader.dataset, "metainfo", {}).get("classes", ())
+            meta = {"dataset_meta": {"classes": tuple(classes)}}
+            _save({"meta": meta, "state_dict": self.model.state_dict()}, folder / WEIGHTS)
             self.runner.logger.info(
                 f"written to {folder}: {TABLE}, {OFFICIAL_TABLE}, {WEIGHTS} ({len(table)} images, "
                 f"{table.stages} stages)"
@@ -371,10 +374,7 @@ def _draw(report: Sequence[dict[str, Any]], unit: str, path: Path) -> None:
     axis.set_ylabel("top-1 (%)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=140, format="png")
-    plt.close(figure)
-    write_safely(path, picture.getvalue())
+    save_figure(figure, path)
 
 
 def _round(values: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import statistics
 import time
@@ -26,6 +25,7 @@ from patchreg.methods.anchornet.table import ConfidenceTable
 from patchreg.pictures import check_out
 from patchreg.runner.api import load_model
 from patchreg.runner.build import EngineRunner, config_errors, load_config, resolve_checkpoint
+from patchreg.utils.draw import save_figure
 from patchreg.utils.errors import ConfigError
 from patchreg.utils.files import write_safely
 
@@ -242,7 +242,4 @@ def draw(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     axis.set_ylabel("top-1 (%)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=140, format=Path(path).suffix.lstrip(".") or "png")
-    plt.close(figure)
-    write_safely(path, picture.getvalue())
+    save_figure(figure, path)

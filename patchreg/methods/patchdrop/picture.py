@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +15,8 @@ from patchreg.pictures import add_model_arguments, check_out
 from patchreg.runner.api import load_model
 from patchreg.runner.build import load_config
 from patchreg.runner.picture import model_classes, read_samples
+from patchreg.utils.draw import save_figure
 from patchreg.utils.errors import ConfigError
-from patchreg.utils.files import write_safely
 
 HELP = {"policy": "which patches PatchDrop acquires: image, overview, probabilities, kept patches"}
 
@@ -131,7 +129,4 @@ def _draw(rows: dict[str, np.ndarray], notes: list[str], titles: list[str], out:
     for column in range(count):
         axes[0, column].set_title(titles[column], fontsize=8)
         axes[-1, column].set_xlabel(notes[column], fontsize=8)
-    content = io.BytesIO()
-    figure.savefig(content, dpi=140, format=Path(out).suffix.lstrip("."))
-    plt.close(figure)
-    write_safely(out, content.getvalue())
+    save_figure(figure, out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import math
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from patchreg.pictures import check_out
 from patchreg.pictures.ranks import plain_images
 from patchreg.runner.api import load_model
 from patchreg.runner.build import load_config
+from patchreg.utils.draw import save_figure
 from patchreg.utils.errors import ConfigError
-from patchreg.utils.files import write_safely
 
 HELP = {"symbols": "patches to which PatchGame's speaker gives the same symbol"}
 BATCH = 128
@@ -142,8 +141,4 @@ def _draw(
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=140, format=Path(path).suffix.lstrip("."))
-    plt.close(figure)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_safely(path, picture.getvalue())
+    save_figure(figure, path)

@@ -15,8 +15,8 @@ from patchreg.methods.pwself.matching import RULES, match_pair
 from patchreg.registry import TRANSFORMS
 from patchreg.structures import ViewGeometry
 from patchreg.transforms.multi_view import MultiView
+from patchreg.utils.draw import save_figure
 from patchreg.utils.errors import ConfigError
-from patchreg.utils.files import write_safely
 
 HELP = {"matching": "which patches of two views of an image are compared"}
 
@@ -125,7 +125,6 @@ def _draw(
     pairs: tuple[Tensor, Tensor],
     out: str,
 ) -> None:
-    import io
 
     import matplotlib
 
@@ -163,11 +162,7 @@ def _draw(
     figure.suptitle(
         f"{len(pairs[0]) - 1} pairs of patches; equal numbers are compared", fontsize=11
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(out).suffix[1:].lower(), dpi=110)
-    plt.close(figure)
-    Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
-    write_safely(out, buffer.getvalue())
+    save_figure(figure, out)
 
 
 def draw_view(
