@@ -109,6 +109,46 @@ class PatchSelection:
         selection.validate()
         return selection
 
+    @classmethod
+    def of_all(
+        cls,
+        image_size: tuple[int, int],
+        grid: tuple[int, int],
+        score: Tensor | None = None,
+        resolution: Tensor | None = None,
+        macs: Tensor | None = None,
+        dense_macs: float | None = None,
+    ) -> PatchSelection:
+        """Build a selection that keeps every cell of a grid, ordered by the scores.
+
+        Args:
+            image_size: Height and width in px.
+            grid: Rows and columns.
+            score: Importance of each cell; None for the same everywhere, of as many images as `macs` has.
+            resolution: Share of full sampling per cell; None for 1.
+            macs: Multiply-accumulates per image.
+            dense_macs: Those of the dense twin.
+
+        Shape:
+            As in the class.
+
+        Raises:
+            ValueError: A field has the wrong shape, type or range.
+        """
+        if score is None:
+            if macs is None:
+                raise ValueError("neither score nor macs tells how many images there are")
+            score = torch.ones(len(macs), grid[0] * grid[1], device=macs.device)
+        return cls.from_grid(
+            image_size=image_size,
+            grid=grid,
+            score=score,
+            keep=torch.ones_like(score, dtype=torch.bool),
+            resolution=torch.ones_like(score) if resolution is None else resolution,
+            macs=macs,
+            dense_macs=dense_macs,
+        )
+
     def __len__(self) -> int:
         return self.score.shape[0]
 

@@ -49,6 +49,25 @@ class TokenFeatures:
     routing: Any = None
 
 
+def map_features(feature_map: Tensor, dense_macs: float) -> TokenFeatures:
+    """Give a feature map the form that heads and classifiers read; no extra tokens.
+
+    Args:
+        feature_map: Last map of a convolutional network.
+        dense_macs: Multiply-accumulates of the network for one image.
+
+    Shape:
+        feature_map [B, C, h, w]; tokens [B, h * w, C].
+    """
+    return TokenFeatures(
+        tokens=feature_map.flatten(2).transpose(1, 2),
+        grid=(feature_map.shape[2], feature_map.shape[3]),
+        extra=0,
+        maps=(feature_map,),
+        dense_macs=dense_macs,
+    )
+
+
 def stack_targets(data_samples: list[Any], device: torch.device) -> Tensor:
     """Stack the training targets of a batch: mixed scores when there are any, else labels.
 
@@ -107,8 +126,71 @@ def fill_predictions(
     return data_samples
 
 
+class ImageModel(BaseModel):
+    """A model of single images with the three modes of MMEngine, each a method of its own."""
+
+    def forward(
+        self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor"
+    ) -> Any:
+        """Run the model in one of MMEngine's modes.
+
+        Args:
+            inputs: Preprocessed images.
+            data_samples: One sample per image; needed by `loss` and filled by `predict`.
+            mode: `tensor` returns the logits, `loss` a dict of losses, `predict` the samples.
+
+        Shape:
+            inputs [B, 3, H, W]; logits [B, K].
+
+        Raises:
+            ValueError: The mode is unknown.
+        """
+        if mode == "tensor":
+            return self.logits(inputs)
+        if mode == "loss":
+            return self.loss(inputs, data_samples or [])
+        if mode == "predict":
+            return self.predict(inputs, data_samples)
+        raise ValueError(f"mode={mode!r} is unknown; expected 'tensor', 'loss' or 'predict'")
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            inputs: Preprocessed images.
+
+        Shape:
+            inputs [B, 3, H, W]; returns [B, K].
+        """
+        raise NotImplementedError
+
+    def loss(self, inputs: Tensor, data_samples: list[Any]) -> dict[str, Tensor]:
+        """Return the losses of a training batch.
+
+        Args:
+            inputs: Preprocessed images.
+            data_samples: Samples with targets.
+
+        Shape:
+            inputs [B, 3, H, W].
+        """
+        raise NotImplementedError
+
+    def predict(self, inputs: Tensor, data_samples: list[Any] | None = None) -> list[Any]:
+        """Fill in predictions and cost of a batch.
+
+        Args:
+            inputs: Preprocessed images.
+            data_samples: Samples to fill.
+
+        Shape:
+            inputs [B, 3, H, W].
+        """
+        raise NotImplementedError
+
+
 @MODELS.register_module()
-class PatchClassifier(BaseModel):
+class PatchClassifier(ImageModel):
     """Image classifier of a token backbone and a head, with the modes of an MMEngine model.
 
     Args:
@@ -129,29 +211,16 @@ class PatchClassifier(BaseModel):
         self.backbone = MODELS.build(backbone)
         self.head = MODELS.build(head)
 
-    def forward(
-        self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor"
-    ) -> Any:
-        """Run the model in one of MMEngine's modes.
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Classify images.
 
         Args:
             inputs: Preprocessed images.
-            data_samples: One sample per image; needed by `loss` and filled by `predict`.
-            mode: `tensor` returns the logits, `loss` a dict of losses, `predict` the samples.
 
         Shape:
-            inputs [B, 3, H, W]; logits [B, K].
-
-        Raises:
-            ValueError: The mode is unknown.
+            inputs [B, 3, H, W]; returns [B, K].
         """
-        if mode == "tensor":
-            return self.head(self.extract(inputs))
-        if mode == "loss":
-            return self.loss(inputs, data_samples or [])
-        if mode == "predict":
-            return self.predict(inputs, data_samples)
-        raise ValueError(f"mode={mode!r} is unknown; expected 'tensor', 'loss' or 'predict'")
+        return self.head(self.extract(inputs))
 
     def extract(self, inputs: Tensor) -> TokenFeatures:
         """Run the backbone.
@@ -253,14 +322,9 @@ class PatchClassifier(BaseModel):
         """
         features = self.extract(inputs)
         macs, dense_macs = self.cost(features)
-        rows, columns = features.grid
-        ones = features.tokens.new_ones(len(features.tokens), rows * columns, dtype=torch.float32)
-        return PatchSelection.from_grid(
+        return PatchSelection.of_all(
             image_size=(inputs.shape[2], inputs.shape[3]),
             grid=features.grid,
-            score=ones,
-            keep=ones.bool(),
-            resolution=ones,
             macs=macs,
             dense_macs=dense_macs,
         )

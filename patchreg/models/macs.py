@@ -10,6 +10,48 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import _disable_current_modes
 
 
+class CountedMacs:
+    """Part of a convolutional backbone that counts its cost once for every image size.
+
+    Subclasses have `run(images)`, the network without the conversion of its output.
+    """
+
+    _counted: dict[tuple[int, ...], float]
+
+    def run(self, images: Tensor) -> Tensor:
+        """Run the network.
+
+        Args:
+            images: Preprocessed images.
+
+        Shape:
+            images [B, 3, H, W].
+        """
+        raise NotImplementedError
+
+    def macs(self, shape: tuple[int, ...]) -> float:
+        """Count the multiply-accumulates of convolutions and linear layers for one image.
+
+        Args:
+            shape: Channels, height and width of the image.
+        """
+        counted = self.__dict__.setdefault("_counted", {})
+        if shape not in counted:
+            counted[shape] = conv_macs(_Plain(self), shape)
+        return counted[shape]
+
+
+class _Plain(nn.Module):
+    """A backbone as a module whose forward is `run`."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone.run(images)
+
+
 def conv_macs(module: nn.Module, shape: tuple[int, ...]) -> float:
     """Count the multiply-accumulates of the convolutions and linear layers for one input.
 

@@ -236,11 +236,10 @@ class TokenMergingClassifier(PatchClassifier):
         ones = torch.ones_like(place, dtype=torch.float32)
         sizes = torch.zeros_like(ones).scatter_add_(1, place, ones)
         share = (1 / sizes.gather(1, place))[:, features.extra :]
-        return PatchSelection.from_grid(
+        return PatchSelection.of_all(
             image_size=(inputs.shape[2], inputs.shape[3]),
             grid=features.grid,
             score=share,
-            keep=torch.ones_like(share, dtype=torch.bool),
             resolution=share,
             macs=macs,
             dense_macs=dense_macs,

@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModel
 from torch import Tensor
 
-from patchreg.models.base import fill_predictions, stack_targets
+from patchreg.models.base import ImageModel, fill_predictions, stack_targets
 from patchreg.models.layers import kept_cells
 from patchreg.models.selectors.rank import top_mask
 from patchreg.models.selectors.rankers import patch_sides, scores_on_grid
 from patchreg.registry import MODELS
 from patchreg.runner.api import load
-from patchreg.runner.patchrank import Ranker
+from patchreg.runner.patchrank import Ranker, keep_best
 from patchreg.structures import PatchSelection
 from patchreg.utils.errors import ConfigError
 
@@ -28,7 +27,7 @@ USES = ("drop", "erase", "order")
 
 
 @MODELS.register_module()
-class SelectedClassifier(BaseModel):
+class SelectedClassifier(ImageModel):
     """A classifier that sees what a selector chose: any ranker, policy or localiser before any network.
 
     The selector is frozen, the classifier can be trained on what it gets to see.
@@ -112,29 +111,16 @@ class SelectedClassifier(BaseModel):
             raise ConfigError(f"{type(self.classifier).__name__} has no budget that can be set")
         self.classifier.set_budget(budget, self._checkpoint or checkpoint)
 
-    def forward(
-        self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor"
-    ) -> Any:
-        """Run the model in one of MMEngine's modes.
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Classify images.
 
         Args:
             inputs: Preprocessed images.
-            data_samples: One sample per image; needed by `loss` and filled by `predict`.
-            mode: `tensor` returns the logits, `loss` a dict of losses, `predict` the samples.
 
         Shape:
-            inputs [B, 3, H, W]; logits [B, K].
-
-        Raises:
-            ValueError: The mode is unknown.
+            inputs [B, 3, H, W]; returns [B, K].
         """
-        if mode == "tensor":
-            return self.run(inputs)[0]
-        if mode == "loss":
-            return self.loss(inputs, data_samples or [])
-        if mode == "predict":
-            return self.predict(inputs, data_samples)
-        raise ValueError(f"mode={mode!r} is unknown; expected 'tensor', 'loss' or 'predict'")
+        return self.run(inputs)[0]
 
     @torch.no_grad()
     def choose(self, inputs: Tensor) -> PatchSelection:
@@ -151,16 +137,7 @@ class SelectedClassifier(BaseModel):
             return self._on_patches(inputs, selection)
         if self.keep is None or selection.grid is None:
             return selection
-        keep = top_mask(selection.score, min(self.keep, selection.score.shape[1]))
-        return PatchSelection.from_grid(
-            image_size=selection.image_size,
-            grid=selection.grid,
-            score=selection.score,
-            keep=keep,
-            resolution=torch.where(keep, selection.resolution, 0.0),
-            macs=selection.macs,
-            dense_macs=selection.dense_macs,
-        )
+        return keep_best(selection, min(self.keep, selection.score.shape[1]))
 
     def _as_selector_sees(self, inputs: Tensor) -> Tensor:
         """Normalise images as the selector was trained, where that is another way than ours."""

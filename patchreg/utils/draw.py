@@ -216,7 +216,8 @@ def draw_panels(
     from matplotlib import pyplot as plt
 
     names = list(dict.fromkeys(labels))
-    colours = [*plt.get_cmap("tab10").colors, "black", "gold", "navy", "lime", "salmon"]
+    colours: list[Any] = [plt.get_cmap("tab10")(number) for number in range(10)]
+    colours += ["black", "gold", "navy", "lime", "salmon"]
     markers = "osD^vP*X<>"
     figure, panels = plt.subplots(
         1, len(axes), figsize=(4.4 * len(axes), 4.6), sharey=True, squeeze=False

@@ -23,7 +23,7 @@ from patchreg.runner import run as engine
 from patchreg.runner.build import load_config
 from patchreg.runner.patchrank import Ranker, draw_patchrank, keep_best, rank_patches
 from patchreg.structures import PatchSelection
-from patchreg.utils.errors import ConfigError, DataError
+from patchreg.utils.errors import ConfigError, DataError, MissingFileError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = dict(embed_dims=24, depth=2, num_heads=2)
@@ -272,7 +272,10 @@ def test_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"test_cfg.ks": [65]}, "64 patches"),
         ({"test_cfg.ks": []}, "numbers of patches"),
         ({"test_cfg.rankers": dict(_delete_=True, a=dict(patch_size=4))}, "ranker"),
-        ({"test_cfg.rankers": dict(_delete_=True, a=dict(config=CONFIG))}, "command line"),
+        (
+            {"test_cfg.rankers": dict(_delete_=True, a=dict(config=CONFIG))},
+            "no checkpoint was named",
+        ),
         (
             {"test_cfg.rankers": dict(_delete_=True, a=dict(type="RandomSelektor", patch_size=4))},
             "RandomSelector",
@@ -283,7 +286,7 @@ def test_protocol_refuses(
     options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(UserError, match=words):
         engine.evaluate(CONFIG, work_dir=str(tmp_path), options={**SMALL, **options})
 
 
@@ -322,7 +325,7 @@ def test_rank_patches(tmp_path: Path) -> None:
     assert rank_patches(Image.fromarray(pixels), model, img_size=16).grid == (4, 4)
     with pytest.raises(DataError, match="uint8 RGB"):
         rank_patches(pixels.astype(np.float32), ranker)
-    with pytest.raises(ConfigError, match="needs the checkpoint"):
+    with pytest.raises(MissingFileError, match="no checkpoint was named"):
         rank_patches(pixels, CONFIG)
     with pytest.raises(ConfigError, match="cannot rank"):
         rank_patches(pixels, nn.Linear(2, 2))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.model import BaseModel
 from torch import Tensor
 
 from patchreg.methods.anchornet.budget import solve_thresholds
@@ -22,7 +21,7 @@ from patchreg.methods.anchornet.table import (
     stage_costs,
 )
 from patchreg.methods.anchornet.views import crop_windows
-from patchreg.models.base import fill_predictions, stack_targets
+from patchreg.models.base import ImageModel, fill_predictions, stack_targets
 from patchreg.registry import MODELS
 from patchreg.structures import PatchSelection
 from patchreg.utils.errors import ConfigError
@@ -57,7 +56,7 @@ def in_fixed_batches(
 
 
 @MODELS.register_module()
-class AnchorNetEnsembleClassifier(BaseModel):
+class AnchorNetEnsembleClassifier(ImageModel):
     """Early-exit classifier: the shrunk image first, then windows, until one class is sure.
 
     Logits of all views seen so far are summed. Without `thresholds` all views are looked at.
@@ -265,29 +264,16 @@ class AnchorNetEnsembleClassifier(BaseModel):
             stage[left] = number
         return sums, stage, cells
 
-    def forward(
-        self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor"
-    ) -> Any:
-        """Run the model in one of MMEngine's modes.
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Classify images.
 
         Args:
             inputs: Preprocessed images.
-            data_samples: One sample per image.
-            mode: `tensor` returns the logits, `loss` a dict of losses, `predict` the samples.
 
         Shape:
-            inputs [B, 3, H, W]; logits [B, C].
-
-        Raises:
-            ValueError: The mode is unknown.
+            inputs [B, 3, H, W]; returns [B, K].
         """
-        if mode == "tensor":
-            return self.exit_early(inputs)[0]
-        if mode == "loss":
-            return self.loss(inputs, data_samples or [])
-        if mode == "predict":
-            return self.predict(inputs, data_samples)
-        raise ValueError(f"mode={mode!r} is unknown; expected 'tensor', 'loss' or 'predict'")
+        return self.exit_early(inputs)[0]
 
     def loss(self, inputs: Tensor, data_samples: list[Any]) -> dict[str, Tensor]:
         """Return the losses of the three networks, each on its own view: training in one go.

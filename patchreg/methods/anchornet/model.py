@@ -380,13 +380,11 @@ class AnchorNetResizedClassifier(AnchorNetViewClassifier):
         """
         macs, dense_macs = self.cost(self.extract(inputs))
         size = (inputs.shape[2], inputs.shape[3])
-        ones = inputs.new_ones((len(inputs), 1), dtype=torch.float32)
-        return PatchSelection.from_grid(
+        share = min(1.0, self.view_size**2 / (size[0] * size[1]))
+        return PatchSelection.of_all(
             image_size=size,
             grid=(1, 1),
-            score=ones,
-            keep=ones.bool(),
-            resolution=ones * min(1.0, self.view_size**2 / (size[0] * size[1])),
+            resolution=inputs.new_full((len(inputs), 1), share, dtype=torch.float32),
             macs=macs,
             dense_macs=dense_macs,
         )
@@ -502,22 +500,16 @@ class AnchorNetPatchClassifier(AnchorNetViewClassifier):
             dense_macs=self.view_macs(size),
         )
 
-    def forward(
-        self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor"
-    ) -> Any:
-        """Run the model in one of MMEngine's modes.
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Classify images by the mean over their views.
 
         Args:
             inputs: Preprocessed images.
-            data_samples: One sample per image.
-            mode: `tensor` returns the averaged logits, `loss` a dict of losses, `predict` the samples.
 
         Shape:
-            inputs [B, 3, H, W]; logits [B, C].
+            inputs [B, 3, H, W]; returns [B, C].
         """
-        if mode == "tensor":
-            return self.extract(inputs).tokens[:, 0]
-        return super().forward(inputs, data_samples, mode)
+        return self.extract(inputs).tokens[:, 0]
 
     def predict(self, inputs: Tensor, data_samples: list[Any] | None = None) -> list[Any]:
         """Fill in predictions and cost of a batch.

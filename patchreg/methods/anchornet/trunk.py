@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from patchreg.models.base import TokenFeatures
-from patchreg.models.macs import conv_macs
+from patchreg.models.base import TokenFeatures, map_features
+from patchreg.models.macs import CountedMacs
 from patchreg.registry import BACKBONES
 from patchreg.utils.errors import ConfigError, DataError
 
@@ -103,7 +103,7 @@ class _Bottleneck(nn.Module):
 
 
 @BACKBONES.register_module()
-class AnchorNetBackbone(BaseModule):
+class AnchorNetBackbone(CountedMacs, BaseModule):
     """Trunk of AnchorNet; window and stride follow from its table of blocks.
 
     At 224 px the published table gives 17 x 17 cells of 512 channels, windows of 95 px every 8 px and
@@ -154,7 +154,6 @@ class AnchorNetBackbone(BaseModule):
         self.exp_conv = nn.Conv2d(width, out_channels, 1)
         self.out_channels = out_channels
         self.window = Window(side, jump)
-        self._macs: dict[tuple[int, ...], float] = {}
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # As the official code, fan_out without regard to groups.
@@ -162,7 +161,7 @@ class AnchorNetBackbone(BaseModule):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def map(self, images: Tensor) -> Tensor:
+    def run(self, images: Tensor) -> Tensor:
         """Return the feature map.
 
         Args:
@@ -185,33 +184,5 @@ class AnchorNetBackbone(BaseModule):
         Raises:
             DataError: The images are smaller than one window.
         """
-        grid = self.window.grid(images.shape[2], images.shape[3])
-        out = self.map(images)
-        return TokenFeatures(
-            tokens=out.flatten(2).transpose(1, 2),
-            grid=grid,
-            extra=0,
-            maps=(out,),
-            dense_macs=self.macs(tuple(images.shape[1:])),
-        )
-
-    def macs(self, shape: tuple[int, ...]) -> float:
-        """Count the multiply-accumulates of the convolutions for one image.
-
-        Args:
-            shape: Channels, height and width of the image.
-        """
-        if shape not in self._macs:
-            self._macs[shape] = conv_macs(_Map(self), shape)
-        return self._macs[shape]
-
-
-class _Map(nn.Module):
-    """The trunk as a plain module, whose cost is being counted."""
-
-    def __init__(self, trunk: AnchorNetBackbone) -> None:
-        super().__init__()
-        self.trunk = trunk
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.trunk.map(images)
+        self.window.grid(images.shape[2], images.shape[3])
+        return map_features(self.run(images), self.macs(tuple(images.shape[1:])))

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
-from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from patchreg.methods.patchdrop.mask import cell_size, mask_patches
 from patchreg.methods.patchdrop.selector import bounded_probability, log_probability
-from patchreg.models.base import fill_predictions, stack_targets
+from patchreg.models.base import ImageModel, fill_predictions, stack_targets
 from patchreg.registry import MODELS
 from patchreg.runner.checkpoint import load_state
 from patchreg.structures import PatchSelection
@@ -79,7 +78,7 @@ class PatchDropOutput:
 
 
 @MODELS.register_module()
-class PatchDropClassifier(BaseModel):
+class PatchDropClassifier(ImageModel):
     """Policy network, high-resolution classifier and, in stage 3, low-resolution classifier.
 
     The policy sees the low-resolution view and decides about all patches at once; dropped patches
@@ -226,29 +225,16 @@ class PatchDropClassifier(BaseModel):
                 )
         super().init_weights()
 
-    def forward(
-        self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor"
-    ) -> Any:
-        """Run the model in one of MMEngine's modes.
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Classify images.
 
         Args:
             inputs: Preprocessed images.
-            data_samples: One sample per image; needed by `loss` and filled by `predict`.
-            mode: `tensor` returns the logits, `loss` a dict of losses, `predict` the samples.
 
         Shape:
-            inputs [B, 3, H, W]; logits [B, K].
-
-        Raises:
-            ValueError: The mode is unknown.
+            inputs [B, 3, H, W]; returns [B, K].
         """
-        if mode == "tensor":
-            return self.run(inputs).logits
-        if mode == "loss":
-            return self.loss(inputs, data_samples or [])
-        if mode == "predict":
-            return self.predict(inputs, data_samples)
-        raise ValueError(f"mode={mode!r} is unknown; expected 'tensor', 'loss' or 'predict'")
+        return self.run(inputs).logits
 
     def classify(
         self, images: Tensor, actions: Tensor, overview: Tensor

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from patchreg.methods.pwself.matching import RULES, match_batch
 from patchreg.models.base import TokenFeatures
 from patchreg.models.multi_view import by_size
+from patchreg.models.selectors.rankers import class_attention
 from patchreg.registry import MODELS
 from patchreg.structures import PatchSelection, ViewGeometry
 from patchreg.utils.errors import ConfigError, DataError
@@ -238,16 +239,4 @@ class PWSelfPretrainer(BaseModel):
         Shape:
             inputs [B, 3, H, W].
         """
-        backbone = self.teacher.backbone
-        score = backbone.last_attention(inputs)[:, :, 0, 1:].mean(1).float()
-        grid = (inputs.shape[2] // self.patch_size, inputs.shape[3] // self.patch_size)
-        macs = backbone.macs(grid)
-        return PatchSelection.from_grid(
-            image_size=(inputs.shape[2], inputs.shape[3]),
-            grid=grid,
-            score=score,
-            keep=torch.ones_like(score, dtype=torch.bool),
-            resolution=torch.ones_like(score),
-            macs=score.new_full((len(score),), macs, dtype=torch.float64),
-            dense_macs=macs,
-        )
+        return class_attention(self.teacher.backbone, inputs)

@@ -12,41 +12,14 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from patchreg.models.base import TokenFeatures
-from patchreg.models.macs import conv_macs
+from patchreg.models.base import TokenFeatures, map_features
+from patchreg.models.macs import CountedMacs
 from patchreg.registry import BACKBONES
 from patchreg.utils.errors import ConfigError
 
 
-def map_features(feature_map: Tensor, dense_macs: float) -> TokenFeatures:
-    """Give a feature map the form that heads and classifiers read; no extra tokens.
-
-    Args:
-        feature_map: Last map of a convolutional network.
-        dense_macs: Multiply-accumulates of the network for one image.
-
-    Shape:
-        feature_map [B, C, h, w]; tokens [B, h * w, C].
-    """
-    return TokenFeatures(
-        tokens=feature_map.flatten(2).transpose(1, 2),
-        grid=(feature_map.shape[2], feature_map.shape[3]),
-        extra=0,
-        maps=(feature_map,),
-        dense_macs=dense_macs,
-    )
-
-
-class _ConvBackbone(BaseModule):
+class _ConvBackbone(CountedMacs, BaseModule):
     """Common part of both families: feature map to tokens, cost per input size."""
-
-    def __init__(self, init_cfg: dict | None) -> None:
-        super().__init__(init_cfg)
-        self._macs: dict[tuple[int, ...], float] = {}
-
-    def map(self, images: Tensor) -> Tensor:
-        """Return the last feature map."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> TokenFeatures:
         """Run the network up to its last feature map; a head pools it.
@@ -61,28 +34,7 @@ class _ConvBackbone(BaseModule):
             # Half-precision convolutions are faster in this layout. In float32 it is left alone:
             # other rounding flips units next to zero, whose gradients are then not the official ones.
             images = images.contiguous(memory_format=torch.channels_last)
-        return map_features(self.map(images), self.macs(tuple(images.shape[1:])))
-
-    def macs(self, shape: tuple[int, ...]) -> float:
-        """Count the multiply-accumulates for one image.
-
-        Args:
-            shape: Channels, height and width of the image.
-        """
-        if shape not in self._macs:
-            self._macs[shape] = conv_macs(_Map(self), shape)
-        return self._macs[shape]
-
-
-class _Map(nn.Module):
-    """The network without the conversion to tokens, whose cost is being counted."""
-
-    def __init__(self, backbone: _ConvBackbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.backbone.map(images)
+        return map_features(self.run(images), self.macs(tuple(images.shape[1:])))
 
 
 class _WideBlock(nn.Module):
@@ -153,7 +105,7 @@ class CIFARResNetBackbone(_ConvBackbone):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
         self.out_channels = width
 
-    def map(self, images: Tensor) -> Tensor:
+    def run(self, images: Tensor) -> Tensor:
         """Return the last feature map.
 
         Args:
@@ -248,7 +200,7 @@ class ThinCIFARResNetBackbone(_ConvBackbone):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def map(self, images: Tensor) -> Tensor:
+    def run(self, images: Tensor) -> Tensor:
         """Return the last feature map.
 
         Args:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from patchreg.models.base import TokenFeatures
-from patchreg.models.macs import conv_macs
+from patchreg.models.base import TokenFeatures, map_features
+from patchreg.models.macs import CountedMacs
 from patchreg.registry import BACKBONES
 from patchreg.utils.errors import CheckpointError, ConfigError, did_you_mean
 from patchreg.utils.weights import load_weights
@@ -53,7 +53,7 @@ def modern_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @BACKBONES.register_module()
-class TorchvisionBackbone(BaseModule):
+class TorchvisionBackbone(CountedMacs, BaseModule):
     """Classification network of torchvision by name, unmodified; nothing is downloaded.
 
     torchvision is imported when the network is built, not before. Its state-dict keys are
@@ -101,7 +101,6 @@ class TorchvisionBackbone(BaseModule):
         self.output = output
         self.frozen = frozen
         self.model = _build(model_name, num_classes, model_kwargs or {})
-        self._macs: dict[tuple[int, ...], float] = {}
         self._head = next(name for name in _HEADS if hasattr(self.model, name))
         self._remove_classifier(model_name)
         if checkpoint is not None:
@@ -180,7 +179,15 @@ class TorchvisionBackbone(BaseModule):
             x = part(x)
         return F.relu(x) if type(self.model).__name__ == "DenseNet" else x
 
-    def _run(self, images: Tensor) -> Tensor:
+    def run(self, images: Tensor) -> Tensor:
+        """Return the output as the network gives it, a map where tokens are asked for.
+
+        Args:
+            images: Preprocessed images.
+
+        Shape:
+            images [B, 3, H, W].
+        """
         return self.map(images) if self.output in ("map", "tokens") else self.model(images)
 
     def forward(self, images: Tensor) -> Tensor | TokenFeatures:
@@ -194,37 +201,10 @@ class TorchvisionBackbone(BaseModule):
             tokens [B, h * w, C].
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            out = self._run(images)
+            out = self.run(images)
         if self.output != "tokens":
             return out
-        return TokenFeatures(
-            tokens=out.flatten(2).transpose(1, 2),
-            grid=(out.shape[2], out.shape[3]),
-            extra=0,
-            maps=(out,),
-            dense_macs=self.macs(tuple(images.shape[1:])),
-        )
-
-    def macs(self, shape: tuple[int, ...]) -> float:
-        """Count the multiply-accumulates of convolutions and linear layers for one image.
-
-        Args:
-            shape: Channels, height and width of the image.
-        """
-        if shape not in self._macs:
-            self._macs[shape] = conv_macs(_Run(self), shape)
-        return self._macs[shape]
-
-
-class _Run(nn.Module):
-    """The network without the conversion to tokens, whose cost is being counted."""
-
-    def __init__(self, backbone: TorchvisionBackbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.backbone._run(images)
+        return map_features(out, self.macs(tuple(images.shape[1:])))
 
 
 def _build(model_name: str, num_classes: int, model_kwargs: dict) -> nn.Module:

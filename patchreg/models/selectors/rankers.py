@@ -68,14 +68,7 @@ class PatchRanker(BaseModule):
                 f"images of {height} x {width} px cannot be cut into patches of {self.patch_size} px"
             )
         grid = (height // self.patch_size, width // self.patch_size)
-        score = self.score(inputs, grid)
-        return PatchSelection.from_grid(
-            image_size=(height, width),
-            grid=grid,
-            score=score,
-            keep=torch.ones_like(score, dtype=torch.bool),
-            resolution=torch.ones_like(score),
-        )
+        return PatchSelection.of_all((height, width), grid, self.score(inputs, grid))
 
 
 @SELECTORS.register_module()
@@ -204,20 +197,30 @@ class ClassAttentionSelector(BaseModule):
             )
         if not vit.extra:
             raise ConfigError("ClassAttentionSelector needs a ViT with a class token")
-        attention = vit.last_attention(inputs)
-        score = attention[:, :, 0, vit.extra :].mean(dim=1).float()
-        size = patch_sides(vit)
-        grid = (inputs.shape[2] // size[0], inputs.shape[3] // size[1])
-        macs = vit.macs(grid)
-        return PatchSelection.from_grid(
-            image_size=(inputs.shape[2], inputs.shape[3]),
-            grid=grid,
-            score=score,
-            keep=torch.ones_like(score, dtype=torch.bool),
-            resolution=torch.ones_like(score),
-            macs=score.new_full((len(score),), macs, dtype=torch.float64),
-            dense_macs=macs,
-        )
+        return class_attention(vit, inputs)
+
+
+def class_attention(vit: Any, inputs: Tensor) -> PatchSelection:
+    """Rank patches by what the class token of a ViT looks at in the last block, averaged over the heads.
+
+    Args:
+        vit: Backbone with `last_attention` and a class token.
+        inputs: Preprocessed images.
+
+    Shape:
+        inputs [B, 3, H, W].
+    """
+    score = vit.last_attention(inputs)[:, :, 0, vit.extra :].mean(dim=1).float()
+    size = patch_sides(vit)
+    grid = (inputs.shape[2] // size[0], inputs.shape[3] // size[1])
+    macs = vit.macs(grid)
+    return PatchSelection.of_all(
+        image_size=(inputs.shape[2], inputs.shape[3]),
+        grid=grid,
+        score=score,
+        macs=score.new_full((len(score),), macs, dtype=torch.float64),
+        dense_macs=macs,
+    )
 
 
 def patch_sides(vit: Any) -> tuple[int, int]:
