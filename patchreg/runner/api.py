@@ -200,7 +200,6 @@ def _load(
     classes: list[str] = []
     if checkpoint is None:
         _needs_none(model, config)
-        _use_shipped(model)
         load_parts(model)
     else:
         path = resolve_checkpoint(checkpoint)
@@ -209,7 +208,6 @@ def _load(
         loaded = load_file(path) if read is None else {}
         if read is None:
             _skip_covered(model, state_dict_of(loaded, path))
-        _use_shipped(model)
         load_parts(model)
         if read is not None:
             loaded = read(path)
@@ -239,19 +237,6 @@ def _skip_covered(model: nn.Module, state: Mapping[str, Any]) -> None:
     for prefix, part in list(_pretrained(model)):
         if all(prefix + key in state for key in part.state_dict()):
             part.init_cfg = None
-
-
-def _use_shipped(model: nn.Module) -> None:
-    """Take checkpoints that ship with their configs for those of earlier stages that were not run here."""
-    for _, part in _pretrained(model):
-        named = Path(part.init_cfg["checkpoint"])
-        if named.is_file() or named.parts[0] != "work_dirs":
-            continue
-        for folder in config_folders():
-            shipped = shipped_checkpoint(folder.joinpath(*named.parts[1:-1]).with_suffix(".py"))
-            if shipped is not None:
-                part.init_cfg = {**part.init_cfg, "checkpoint": shipped}
-                break
 
 
 def _needs_none(model: nn.Module, config: Config) -> None:
