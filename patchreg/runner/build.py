@@ -151,6 +151,13 @@ class EngineRunner(Runner):
                 f"model_wrapper_cfg: '{model_wrapper_cfg.get('type')}' spreads a model over several "
                 "processes, but this run has one; start it with tools/dist_train.sh or leave it out"
             )
+        sync_bn = self.cfg.get("sync_bn")
+        if sync_bn not in (None, "torch"):
+            raise ConfigError(f"sync_bn='{sync_bn}' is unknown; use 'torch', or None for no exchange")
+        if self.distributed and sync_bn and get_device() == "cpu":
+            raise ConfigError(
+                "sync_bn='torch': torch's SyncBatchNorm works on GPUs only; leave it out on CPUs"
+            )
         if self.distributed and not any(value.requires_grad for value in model.parameters()):
             # Nothing to train: torch refuses to wrap it, and there is nothing to exchange.
             return model.to(get_device())
@@ -161,6 +168,8 @@ class EngineRunner(Runner):
             if initialise is not None:
                 initialise()
             model = model.to(get_device())
+            if sync_bn:
+                model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
             for value in model.state_dict().values():
                 mmengine.dist.broadcast(value)
             return MODEL_WRAPPERS.build(model_wrapper_cfg, default_args=dict(module=model))

@@ -118,6 +118,7 @@ TOP_LEVEL = (
         "activation_checkpointing",
         "efficient_conv_bn_eval",
         "compile",
+        "sync_bn",
     }
 )
 DEFAULT_HOOKS = {"runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint"}
