@@ -137,9 +137,17 @@ def write(folder: Path, name: str) -> str:
     return str(path)
 
 
+def wrapper_of(name: str) -> dict[str, Any]:
+    """What shards a model."""
+    return dict(type="FullyShardedWrapper", blocks=SHARDED[name])
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the runs `one/NAME`, `two/NAME` and `shards/NAME`: four steps of a global batch of 8."""
+    """Folder with the runs `one/NAME`, `two/NAME`, `shards/NAME`: four steps of a global batch of 8.
+
+    `again/patchgame` continues in shards what was stopped in shards.
+    """
     folder = tmp_path_factory.mktemp("methods")
     paths = {name: write(folder, name) for name in RUNS}
 
@@ -148,9 +156,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return dict(path=paths[name], work_dir=str(folder / form / name), options=options)
 
     two = [job("two", name) for name in RUNS]
-    for name, blocks in SHARDED.items():
-        wrapper = dict(type="FullyShardedWrapper", blocks=blocks)
-        two.append(job("shards", name, model_wrapper_cfg=wrapper))
+    for name in SHARDED:
+        two.append(job("shards", name, model_wrapper_cfg=wrapper_of(name)))
+    again = job("again", "patchgame", model_wrapper_cfg=wrapper_of("patchgame"))
+    two.append({**again, "resume": str(folder / "shards/patchgame/epoch_1.pth")})
     one = [job("one", name) for name in RUNS]
     assert set(ddp_parts.run_two(folder, two, lambda: ddp_parts.run(one))) == {0}
     return folder
@@ -161,6 +170,7 @@ def difference(found: Path, expected: Path) -> float:
     losses = [ddp_parts.losses(folder) for folder in (found, expected)]
     assert len(losses[1]) == 4
     assert losses[1].std() > 0
+    losses[1] = losses[1][-len(losses[0]) :]  # a resumed run has the last ones only
     ours, theirs = (load_file(latest_checkpoint(folder)) for folder in (found, expected))
     pairs = [tuple(losses), *pairs_of(ours, theirs)]
     return max(float((one - other).abs().max()) for one, other in pairs)
@@ -174,3 +184,14 @@ def test_two_processes_compute_what_one_does(runs: Path, name: str) -> None:
 @pytest.mark.parametrize("name", SHARDED)
 def test_shards_compute_what_whole_copies_do(runs: Path, name: str) -> None:
     assert difference(runs / "shards" / name, runs / "two" / name) < 1e-8
+
+
+def test_a_parameter_without_dimensions_is_resumed(runs: Path, tmp_path: Path) -> None:
+    """The scale of PatchGame's logits: whole in the checkpoint, whoever continues it."""
+    start = runs / "shards/patchgame/epoch_1.pth"
+    assert load_file(start)["state_dict"]["logit_scale"].shape == ()
+    assert difference(runs / "again/patchgame", runs / "shards/patchgame") == 0.0
+    ddp_parts.run(
+        [dict(path=str(runs / "patchgame.py"), work_dir=str(tmp_path / "one"), resume=str(start))]
+    )
+    assert difference(tmp_path / "one", runs / "two/patchgame") < 1e-8
