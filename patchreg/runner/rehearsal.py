@@ -149,7 +149,7 @@ def training_batch(config: Config, model: nn.Module, side: int) -> dict[str, Any
     """
     pipeline = ((config.get("train_dataloader") or {}).get("dataset") or {}).get("pipeline") or []
     for step in pipeline:
-        if step.get("type") == "MultiView":
+        if isinstance(step, Mapping) and step.get("type") == "MultiView":
             with config_errors("train_dataloader.dataset.pipeline"):
                 cut: Any = TRANSFORMS.build(step.to_dict())
             black = np.zeros((256, 256, 3), dtype=np.uint8)
