@@ -153,7 +153,9 @@ class EngineRunner(Runner):
             )
         sync_bn = self.cfg.get("sync_bn")
         if sync_bn not in (None, "torch"):
-            raise ConfigError(f"sync_bn='{sync_bn}' is unknown; use 'torch', or None for no exchange")
+            raise ConfigError(
+                f"sync_bn='{sync_bn}' is unknown; use 'torch', or None for no exchange"
+            )
         if self.distributed and sync_bn and get_device() == "cpu":
             raise ConfigError(
                 "sync_bn='torch': torch's SyncBatchNorm works on GPUs only; leave it out on CPUs"
@@ -667,7 +669,7 @@ def config_errors(what: str) -> Any:
         raise
     except FileNotFoundError as error:
         raise MissingFileError(f"{what}: {error}") from error
-    except (ValueError, TypeError, KeyError, AssertionError, ImportError, RuntimeError) as error:
+    except Exception as error:
         if os.environ.get("PATCHREG_TRACEBACK") == "1":
             raise
         raise ConfigError(

@@ -50,6 +50,8 @@ def image_side(config: Config) -> int:
     for key in ("test_dataloader", "val_dataloader", "train_dataloader"):
         dataset = (config.get(key) or {}).get("dataset") or {}
         for step in reversed(dataset.get("pipeline") or []):
+            if not isinstance(step, Mapping):
+                continue
             for name in ("crop_size", "size", "scale"):
                 value = step.get(name)
                 value = value[0] if isinstance(value, (list, tuple)) and value else value
@@ -121,16 +123,16 @@ def rehearse(config: Config) -> None:
     if not isinstance(getattr(model, "data_preprocessor", None), ImagePreprocessor):
         return
     side = side_of(model, image_side(config))
-    image = torch.zeros(1, 3, side, side)
 
     def evaluate(model: nn.Module) -> None:
         model.eval()
-        model(image)
+        model(torch.zeros(1, 3, side, side))
 
     _try(evaluate, model, spec, must_end=True)
     if config.get("train_cfg") is None:
         return
-    batch = training_batch(config, model, side)
+    with config_errors("no training batch can be made"):
+        batch = training_batch(config, model, side)
 
     def train(model: nn.Module) -> None:
         model.train()
