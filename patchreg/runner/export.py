@@ -463,8 +463,9 @@ def compare_outputs(
                     f"{tuple(want.shape)}"
                 )
             gap = (torch.from_numpy(np.asarray(got)).double() - right).abs()
-            one.largest = max(one.largest, gap.max().item())
-            one.scale = max(one.scale, right.abs().max().item())
+            # NumPy's maximum, unlike Python's, does not pass over NaN.
+            one.largest = float(np.maximum(one.largest, gap.max().item()))
+            one.scale = float(np.maximum(one.scale, right.abs().max().item()))
             different[number] += int((gap != 0).sum())
             values[number] += gap.numel()
     for one, count, total in zip(found, different, values):
