@@ -497,11 +497,25 @@ def features_of(network: Any) -> Callable[[Tensor], Tensor]:
     if callable(getattr(network, "features", None)):
         return network.features
     if hasattr(network, "extract") and hasattr(network, "head"):
-        pool = getattr(network.head, "pool", "auto")
-        return lambda inputs: pool_tokens(as_tokens(network.extract(inputs)), pool)
+        return lambda inputs: pooled(network, network.extract(inputs))
     raise ConfigError(
         f"{type(network).__name__} gives no features: it is no single backbone; load the config of one of "
         "its stages"
+    )
+
+
+def pooled(network: Any, extracted: Any) -> Tensor:
+    """Return one vector per image from what a model extracts: the class token, or the mean of the patches.
+
+    Args:
+        network: The model; its head says which of the two it reads.
+        extracted: What its `extract` returned.
+
+    Shape:
+        Returns [B, D].
+    """
+    return pool_tokens(
+        as_tokens(extracted), getattr(getattr(network, "head", None), "pool", "auto")
     )
 
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import patchreg
 from patchreg.models.base import PatchClassifier
 from patchreg.registry import method_modules
-from patchreg.runner.api import Model, features_of, load
+from patchreg.runner.api import Model, features_of, load, pooled
 from patchreg.runner.picture import TEST, ImageReader
 from patchreg.utils.errors import ConfigError, UserError, did_you_mean
 from patchreg.utils.files import write_through
@@ -124,10 +124,9 @@ class Features(nn.Module):
         tokens: Whether to return the tokens too.
     """
 
-    def __init__(self, network: nn.Module, tokens: bool) -> None:
+    def __init__(self, network: Any, tokens: bool) -> None:
         super().__init__()
         self.network = network
-        self.make = features_of(network)
         self.tokens = tokens
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -139,8 +138,10 @@ class Features(nn.Module):
         Shape:
             images [B, 3, H, W]; returns [B, D] and [B, N, C].
         """
-        feature = self.make(images)
-        return (feature, self.network.extract(images).tokens) if self.tokens else (feature,)
+        if not self.tokens:
+            return (features_of(self.network)(images),)
+        found = self.network.extract(images)
+        return pooled(self.network, found), found.tokens
 
 
 class _FromPixels(nn.Module):
