@@ -9,7 +9,7 @@ from __future__ import annotations
 from ._library import build_info
 from .bilinear import bilinear_channelwise, bilinear_pointwise, bilinear_pointwise_packed
 from .fused import compress_norm, decompress_norm, sum_norm
-from .ragged import ragged_attention, ragged_matmul
+from .ragged import packed_attend, ragged_attention, ragged_matmul
 from .region_sample import (
     RowPlan,
     compress,
@@ -36,6 +36,7 @@ __all__ = [
     "decompress_dense",
     "decompress_norm",
     "dense_row_plan",
+    "packed_attend",
     "ragged_attention",
     "ragged_matmul",
     "region_grid",

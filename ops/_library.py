@@ -41,6 +41,9 @@ SCHEMAS = {
         f"(Tensor update, Tensor? gate, Tensor? reference, int[] splits, {_GRID}) -> Tensor"
     ),
     "region_gate_dot": f"(Tensor x, Tensor update, int[] splits, {_GRID}) -> Tensor",
+    "packed_attend": (
+        "(Tensor query, Tensor key, Tensor value, Tensor starts, float scale) -> Tensor"
+    ),
     "sum_norm": f"(Tensor x, Tensor update, {_NORM}) -> Tensor",
     "region_pool_norm": (
         f"(Tensor x, Tensor rows, Tensor owner, {_NORM}, {_GRID}) -> (Tensor pooled, Tensor normed)"
@@ -50,6 +53,9 @@ SCHEMAS = {
         f" {_GRID}) -> (Tensor out, Tensor normed, Tensor means)"
     ),
 }
+
+CPU_ONLY = {"packed_attend"}
+"""Operators without a kernel of their own on a GPU, where the library has one for every use."""
 
 library = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901
 for _name, _schema in SCHEMAS.items():
@@ -103,6 +109,7 @@ def has_kernels(device_type: str) -> bool:
         and all(
             torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
             for name in SCHEMAS
+            if device_type == "cpu" or name not in CPU_ONLY
         )
     )
 

@@ -1,7 +1,8 @@
 """Products of packed rows: every image has its own number of rows, given by a list of lengths.
 
-Both functions pad the images to the longest one and call one batched library routine, whatever the
-number of images. The padding is zero, or its results are dropped, so it changes nothing.
+`ragged_matmul` and `ragged_attention` pad the images to the longest one and call one batched library
+routine, whatever the number of images. The padding is zero, or its results are dropped, so it changes
+nothing. `packed_attend` is for inference on a CPU and pads nothing.
 
 Shape letters: B images, h heads, L rows of all images, M keys, d head width.
 """
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .region_sample import _check_float, _check_same
+from .region_sample import _check_float, _check_same, _fake
 
 Lengths = Sequence[int] | Tensor
 
@@ -130,6 +131,42 @@ def ragged_attention(
     return _pack(out.transpose(0, 1), counts)
 
 
+def packed_attend(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float | None = None
+) -> Tensor:
+    """Softmax attention of packed queries, each over all keys of its image, for inference on a CPU.
+
+    The compiled kernel (float32, widths that 16 divides, last dimension without gaps) needs no padding and no
+    call per image; anything else goes image by image through the library.
+
+    Source: DGE, `batched_sparse_attention`.
+
+    Args:
+        query: queries of all images one after the other.
+        key: keys, equally many per image; any strides.
+        value: values, likewise.
+        starts: first query of every image, then their number; int32 on the CPU.
+        scale: factor of the scores; None for d^-0.5.
+
+    Shape:
+        query [L, h, d], key and value [B, h, M, d], starts [B + 1]; returns [L, h * d].
+
+    Raises:
+        TypeError, ValueError, IndexError: for arguments that do not fit together, or that need a gradient.
+    """
+    _check_float("query", query, 3)
+    for name, tensor in (("key", key), ("value", value)):
+        _check_float(name, tensor, 4)
+        _check_same(name, tensor, "query", query)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        raise ValueError(
+            "query, key or value needs a gradient, which packed_attend has not; use ragged_attention, or "
+            "torch.no_grad() for inference."
+        )
+    factor = query.shape[2] ** -0.5 if scale is None else scale
+    return torch.ops.patchreg.packed_attend(query, key, value, starts, factor)
+
+
 def _check_lengths(name: str, lengths: Lengths, packed_name: str, rows: int) -> list[int]:
     values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
     if isinstance(lengths, Tensor) and lengths.ndim != 1:
@@ -172,3 +209,8 @@ def _pack(padded: Tensor, counts: list[int]) -> Tensor:
     if flat.shape[1] == sum(counts):
         return flat
     return flat.index_select(1, _slots(counts, padded.device))
+
+
+@_fake("packed_attend")
+def _(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1] * query.shape[2])

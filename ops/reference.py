@@ -290,6 +290,22 @@ def region_gate_dot(
     return torch.cat(parts, dim=-1).to(x.dtype)
 
 
+def packed_attend(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float
+) -> Tensor:
+    """Softmax attention of the packed queries of each image over its keys [L, h * d]."""
+    bounds = starts.tolist()
+    parts = []
+    for image, (first, last) in enumerate(zip(bounds[:-1], bounds[1:])):
+        part = query[first:last].transpose(0, 1)
+        parts.append(
+            F.scaled_dot_product_attention(part, key[image], value[image], scale=scale)
+            .transpose(0, 1)
+            .flatten(1)
+        )
+    return torch.cat(parts) if parts else query.new_empty(0, query.shape[1] * query.shape[2])
+
+
 def sum_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer norm of x + update."""
     return F.layer_norm(x + update, weight.shape, weight, bias, eps)

@@ -110,6 +110,7 @@ def test_varlen_equals_padded(counts):
 
 def test_auto_calls_once_per_image_where_images_are_large(monkeypatch):
     chosen = []
+    monkeypatch.setattr(attention, "_native_is_fast", lambda: False)
     monkeypatch.setattr(attention, "_per_image", lambda *args: chosen.append("per_image"))
     monkeypatch.setattr(attention, "_padded", lambda *args: chosen.append("padded"))
     key = torch.zeros(2, 6, 257, 64)
@@ -171,3 +172,40 @@ def test_varlen_names_what_it_lacks(monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", None)
     with pytest.raises(ConfigError, match=r"2\.10 or newer"):
         packed_attention(*inputs, rows, "varlen")
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_the_kernel_of_this_project_equals_the_formula(counts):
+    inputs = [value.detach() for value in drawn(counts)]
+    if not counts:
+        return
+    found = packed_attention(*(value.float() for value in inputs), rows_of(counts), "native")
+    assert found.shape == (sum(counts), HEADS * WIDTH)
+    if sum(counts):
+        assert error(found.double(), by_hand(*inputs, counts)) < 1e-6
+
+
+def test_the_kernel_is_taken_in_evaluation_where_it_is_fast(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(attention, "_native", lambda *args: chosen.append("native"))
+    monkeypatch.setattr(attention, "_padded", lambda *args: chosen.append("padded"))
+    monkeypatch.setattr(attention, "_native_is_fast", lambda: True)
+    query = torch.randn(3, 2, 16)
+    key = torch.randn(1, 2, 4, 16)
+    packed_attention(query, key, key, rows_of([3]))
+    packed_attention(query.requires_grad_(), key, key, rows_of([3]))
+    with torch.no_grad():
+        packed_attention(query, key, key, rows_of([3]))
+        packed_attention(query.double(), key.double(), key.double(), rows_of([3]))
+        packed_attention(query[..., :8], key[..., :8], key[..., :8], rows_of([3]))
+    monkeypatch.setattr(attention, "_native_is_fast", lambda: False)
+    packed_attention(query.detach(), key, key, rows_of([3]))
+    assert chosen == ["native", "padded", "native", "padded", "padded", "padded"]
+
+
+def test_the_kernel_refuses_gradients_and_padded_plans():
+    inputs, rows = drawn([2, 3]), rows_of([2, 3])
+    with pytest.raises(ConfigError, match="does not work with gradients"):
+        packed_attention(*inputs, rows, "native")
+    with torch.no_grad(), pytest.raises(ConfigError, match="padded plan"):
+        packed_attention(*inputs, rows._replace(counts=None), "native")

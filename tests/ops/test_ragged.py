@@ -151,3 +151,92 @@ A, B, Q, K = randn(2, 5, 3), randn(2, 6, 3), randn(2, 5, 3), randn(2, 2, 4, 3)
 def test_bad_input(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+def looked(query, key, value, counts, scale=None):
+    """The library, image by image."""
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            part.transpose(0, 1), key[image], value[image], scale=scale
+        )
+        .transpose(0, 1)
+        .flatten(1)
+        for image, part in enumerate(query.split(counts))
+    ]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("path", ["compiled", "reference"])
+@pytest.mark.parametrize(
+    ("keys", "width"), [(1, 16), (16, 64), (65, 48), (257, 64), (33, 80), (9, 5)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_packed_attention_is_that_of_the_library(keys, width, dtype, path):
+    torch.manual_seed(keys + width)
+    counts = [5, 0, 24, 1, 61]
+    query = randn(sum(counts), 3, width, dtype=dtype)
+    # Keys and values as a projection leaves them: interleaved.
+    held = randn(5, keys, 2, 3, width, dtype=dtype)
+    key, value = held.permute(2, 0, 3, 1, 4)
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    call = ops.packed_attend if path == "compiled" else ops.reference.packed_attend
+    extra = () if path == "compiled" else (width**-0.5,)
+    found = call(query, key, value, starts, *extra)
+    expected = looked(query.double(), key.double(), value.double(), counts)
+    tolerance = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2}[dtype]
+    assert found.dtype == dtype
+    assert (found.double() - expected).abs().max() < tolerance
+    scaled = ops.packed_attend(query, key, value, starts, 2.0)
+    sharp = looked(query.double(), key.double(), value.double(), counts, 2.0)
+    assert (scaled.double() - sharp).abs().max() < 20 * tolerance
+
+
+def test_packed_attention_of_extreme_scores():
+    query = torch.ones(3, 1, 16)
+    key, value = torch.zeros(1, 1, 20, 16), torch.arange(20.0).view(1, 1, 20, 1).repeat(1, 1, 1, 16)
+    key[0, 0, 7] = 1e4
+    starts = torch.tensor([0, 3], dtype=torch.int32)
+    assert torch.equal(ops.packed_attend(query, key, value, starts), torch.full((3, 16), 7.0))
+    # Equal scores, however low, weigh the same.
+    flat = ops.packed_attend(query, torch.full_like(key, -1e6), value, starts)
+    assert torch.allclose(flat, torch.full((3, 16), 9.5))
+    key[0, 0, 3, 0] = float("nan")
+    assert ops.packed_attend(query, key, value, starts).isnan().all()
+
+
+def test_packed_attention_on_two_threads_and_without_queries():
+    before = torch.get_num_threads()
+    query, key = torch.randn(40, 4, 32), torch.randn(3, 4, 50, 32)
+    starts = torch.tensor([0, 7, 7, 40], dtype=torch.int32)
+    one = ops.packed_attend(query, key, key, starts)
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(ops.packed_attend(query, key, key, starts), one)
+    finally:
+        torch.set_num_threads(before)
+    assert ops.packed_attend(query[:0], key, key, 0 * starts).shape == (0, 128)
+    assert ops.packed_attend(query[:0], key[:0], key[:0], starts[:1]).shape == (0, 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (dict(starts=torch.tensor([0, 3, 5])), TypeError, "int32"),
+        (dict(starts=torch.tensor([0, 5], dtype=torch.int32)), ValueError, "expected starts"),
+        (dict(starts=torch.tensor([0, 6, 5], dtype=torch.int32)), IndexError, "falls"),
+        (dict(starts=torch.tensor([0, 3, 6], dtype=torch.int32)), IndexError, "expected 0 to 5"),
+        (dict(query=torch.ones(5, 2, 16).requires_grad_()), ValueError, "gradient"),
+        (dict(query=torch.ones(5, 2, 16).double()), TypeError, "float"),
+        (dict(query=torch.ones(5, 3, 16)), ValueError, "fit together"),
+        (dict(key=torch.ones(2, 2, 0, 16), value=torch.ones(2, 2, 0, 16)), ValueError, "no keys"),
+    ],
+)
+def test_packed_attention_refuses(change, kind, words):
+    given = dict(
+        query=torch.ones(5, 2, 16),
+        key=torch.ones(2, 2, 4, 16),
+        value=torch.ones(2, 2, 4, 16),
+        starts=torch.tensor([0, 3, 5], dtype=torch.int32),
+    )
+    with pytest.raises(kind, match=words):
+        ops.packed_attend(**(given | change))

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from patchreg_ops import RowPlan
+from patchreg_ops import RowPlan, build_info, packed_attend
 from torch import Tensor
 
 from patchreg.models.layers import attend
@@ -23,7 +23,7 @@ varlen_attn: Any = None
 with contextlib.suppress(ImportError):  # torch before 2.10
     from torch.nn.attention.varlen import varlen_attn  # type: ignore[no-redef]
 
-BACKENDS = ("auto", "varlen", "padded", "per_image")
+BACKENDS = ("auto", "varlen", "native", "padded", "per_image")
 HALVES = (torch.float16, torch.bfloat16)
 # Queries x keys x channels of an image from which a call of its own pays on a CPU.
 PRODUCTS_PER_CALL = 1_000_000
@@ -33,7 +33,7 @@ def check_backend(name: str) -> str:
     """Return the name of an attention back-end if it exists.
 
     Args:
-        name: `auto`, `varlen`, `padded` or `per_image`.
+        name: `auto`, `varlen`, `native`, `padded` or `per_image`.
 
     Raises:
         ConfigError: It does not exist.
@@ -108,21 +108,25 @@ def packed_attention(
         value: Values.
         rows: Where each query belongs.
         backend: `varlen` calls the kernel of PyTorch for sequences of different lengths (CUDA, half
-            precision); `padded` pads the queries to the longest image and drops what the padding
-            saw (any device); `per_image` calls once for every image (`padded` under a compiler,
-            which does not know the lengths); `auto` takes the fastest. A padded plan has no
-            lengths either, so `per_image` pads there.
+            precision); `native` the kernel of this project (CPU, without gradients); `padded` pads
+            the queries to the longest image and drops what the padding saw (any device);
+            `per_image` calls once for every image (`padded` under a compiler, which does not know
+            the lengths); `auto` takes the fastest. A padded plan has no lengths either, so
+            `per_image` pads there.
 
     Shape:
         query [L, h, d]; key and value [B, h, M, d]; returns [L, h * d].
 
     Raises:
-        ConfigError: `varlen` on a device, in a type or with a torch that has no such kernel.
+        ConfigError: `varlen` on a device, in a type or with a torch that has no such kernel; `native` on
+            another device than the CPU, or where a gradient is needed.
     """
     if backend == "auto":
-        backend = _fastest(query, key, rows)
+        backend = _fastest(query, key, value, rows)
     if backend == "varlen":
         return _varlen(query, key, value, rows)
+    if backend == "native":
+        return _native(query, key, value, rows)
     if rows.counts is None:
         return _capacity(query, key, value, rows)
     if backend == "per_image" and not torch.compiler.is_compiling():
@@ -143,9 +147,12 @@ def _varlen_lack(query: Tensor) -> str:
     return ""
 
 
-def _fastest(query: Tensor, key: Tensor, rows: PackedRows) -> str:
+def _fastest(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> str:
     if query.device.type == "cuda":
         return "padded" if _varlen_lack(query) else "varlen"
+    fits = query.dtype == torch.float32 and query.shape[-1] % 16 == 0
+    if fits and _native_is_fast() and not _native_lack(query, key, value, rows):
+        return "native"
     if (
         query.device.type != "cpu"
         or rows.counts is None
@@ -155,6 +162,33 @@ def _fastest(query: Tensor, key: Tensor, rows: PackedRows) -> str:
         return "padded"  # One image needs no padding.
     products = query.numel() * key.shape[2]
     return "per_image" if products >= PRODUCTS_PER_CALL * len(key) else "padded"
+
+
+@cache
+def _native_is_fast() -> bool:
+    """Whether the kernel is compiled and this machine has the wide registers it is made for."""
+    return bool(build_info()["cpu"]) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _native_lack(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> str:
+    """Return what keeps these queries from `native`, or nothing."""
+    if query.device.type != "cpu":
+        return f"the device {query.device.type!r} (a CPU is needed)"
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
+        return "gradients (evaluation without them is needed)"
+    if rows.counts is None or torch.compiler.is_compiling():
+        return "a padded plan or a compiler (the numbers of queries have to be known)"
+    return ""
+
+
+def _native(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+    lack = _native_lack(query, key, value, rows)
+    if lack:
+        raise ConfigError(
+            f"attention_backend='native' does not work with {lack}; use 'auto', which takes the "
+            "fastest one that works"
+        )
+    return packed_attend(query, key, value, rows.starts())
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
