@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmengine.dataset import default_collate
 
+from patchreg.methods.pwself.browse import _colours
 from patchreg.methods.pwself.matching import match_pair
 from patchreg.runner import browse as module
 from patchreg.runner.browse import Strip, browse, describe, draw
@@ -141,6 +142,13 @@ def test_views_are_drawn_with_boxes_and_matched_patches(config: Any, tmp_path: P
     out = tmp_path / "made" / "views.png"
     draw(found, out)
     assert out.stat().st_size > 20_000
+
+
+def test_many_matched_patches_have_colours_that_differ() -> None:
+    tokens = torch.tensor([0, *range(30, 40), *range(58, 68)])
+    colours = _colours(tokens, (28, 28), numbered=False)
+    assert len(np.unique(colours.round(6), axis=0)) == 20
+    assert len(_colours(tokens[:1], (28, 28), numbered=False)) == 0
 
 
 def test_policy_gets_every_fourth_pixel(config: Any) -> None:

@@ -29,6 +29,7 @@ UNITS = {
     "cost/ratio": "of dense MACs",
 }
 """Units by key, or by its end behind the last `/` or `_`."""
+_STROKES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 _TIMES = ("time", "data_time")
 
 
@@ -66,7 +67,10 @@ def run(arguments: argparse.Namespace) -> str:
     for key in keys:
         lacking = [one.label for one in runs if key not in one.keys()]  # noqa: SIM118
         if lacking:
-            notes.append(f"'{key}' is not in {', '.join(lacking)}")
+            where = (
+                ", ".join(lacking) if len(lacking) < 4 else f"{len(lacking)} of {len(runs)} runs"
+            )
+            notes.append(f"'{key}' is not in {where}")
     draw_runs(runs, keys, arguments.out)
     count = f"{len(runs)} run" + "s" * (len(runs) != 1)
     return "\n".join([*notes, f"{count}, {', '.join(keys)}: written to {arguments.out}"])
@@ -131,6 +135,7 @@ def draw_runs(runs: Sequence[RunLog], keys: Sequence[str], path: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     by_epoch = all(one.epoch_length or not one.train for one in runs)
     columns = 2 if len(keys) == 4 else min(len(keys), 3)
@@ -144,31 +149,33 @@ def draw_runs(runs: Sequence[RunLog], keys: Sequence[str], path: str) -> None:
         sharex=True,
         layout="constrained",
     )
-    palette = plt.get_cmap("tab10" if len(runs) <= 10 else "viridis")
-    shade = max(len(runs) - 1, 1) if len(runs) > 10 else 1
-    colours = [palette(number / shade if len(runs) > 10 else number) for number in range(len(runs))]
+    # Ten colours can be told apart; further runs have them again with other strokes.
+    palette = plt.get_cmap("tab10")
+    looks = [
+        dict(color=palette(number % 10), linestyle=_STROKES[number // 10 % len(_STROKES)])
+        for number in range(len(runs))
+    ]
     handles: dict[str, Any] = {}
     for axis, key in zip(axes.flat, keys, strict=False):
         both = False
-        for one, colour in zip(runs, colours, strict=True):
+        for one, look in zip(runs, looks, strict=True):
             trained = one.curve(key, validation=False, by_epoch=by_epoch)
             # The times of a validation are those of another loop.
             tested = [] if key in _TIMES and trained else one.curve(key, True, by_epoch)
             both |= bool(trained and tested)
-            if trained:
-                (line,) = axis.plot(*zip(*trained), color=colour, linewidth=1.4)
-                handles.setdefault(one.label, line)
-            if tested:
-                style = "--" if trained else "-"
-                (line,) = axis.plot(
-                    *zip(*tested), style, color=colour, marker="o", markersize=4.5, linewidth=1.4
-                )
-                handles.setdefault(one.label, line)
+            for points, marker in ((trained, None), (tested, "o")):
+                if points:
+                    (line,) = axis.plot(
+                        *zip(*points), **look, marker=marker, markersize=4.5, linewidth=1.4
+                    )
+                    handles.setdefault(one.label, line)
         unit = unit_of(key)
         axis.set_title(f"{key} (dots: validation)" if both else key, fontsize=11)
         axis.set_ylabel(unit, fontsize=10)
         axis.set_xlabel("epoch" if by_epoch else "iteration", fontsize=10)
         axis.set_xlim(left=0)
+        if by_epoch and axis.get_xlim()[1] > 4:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
         _scale(axis, key)

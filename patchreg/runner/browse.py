@@ -366,40 +366,32 @@ def draw(found: Browsing, path: str | Path) -> None:
     notes = max(
         1 + panel.note.count("\n") if panel.note else 0 for line in lines for panel in line.panels
     )
+    # The first column holds text alone, so that narrow images do not move it.
     figure, axes = plt.subplots(
         len(lines),
-        columns,
-        figsize=(1.75 * columns + 0.5, (1.85 + 0.14 * notes) * len(lines) + 0.5),
+        1 + columns,
+        figsize=(1.75 * columns + 0.5, (1.85 + 0.18 * notes) * len(lines) + 0.5),
+        width_ratios=[0.2] + [1.0] * columns,
         squeeze=False,
         layout="constrained",
     )
-    titled: list[list[str]] = []
+    figure.get_layout_engine().set(h_pad=0.07)
     for number, (line, row) in enumerate(zip(lines, axes, strict=True)):
-        titles = [panel.title for panel in line.panels]
-        # What stands above the first image holds for those below it.
-        again = number >= len(blocks[0]) and titles == titled[number % len(blocks[0])]
-        titled.append(titles)
         for axis in row:
             axis.set_axis_off()
-        for axis, panel in zip(row, line.panels):
-            _draw_panel(axis, panel, "" if again else panel.title)
+        weight = "bold" if number % len(blocks[0]) == 0 else "normal"
         row[0].text(
-            -0.08,
-            0.5,
-            line.label,
-            transform=row[0].transAxes,
-            rotation=90,
-            ha="right",
-            va="center",
-            fontsize=9,
-            fontweight="bold" if number % len(blocks[0]) == 0 else "normal",
+            0.5, 0.5, line.label, rotation=90, ha="center", va="center", fontsize=9, weight=weight
         )
-    figure.suptitle(
-        f"{found.split} data of {Path(found.config.filename).name}: {' > '.join(found.steps)}"
-        if columns > 4
-        else f"{found.split} data of {Path(found.config.filename).name}",
-        fontsize=10,
-    )
+        above = blocks[0][number % len(blocks[0])].panels
+        for place, (axis, panel) in enumerate(zip(row[1:], line.panels)):
+            # What stands above the first image holds for those below it.
+            again = number >= len(blocks[0]) and panel.title == above[place].title
+            _draw_panel(axis, panel, "" if again else panel.title)
+    title = f"{found.split} data of {Path(found.config.filename).name}"
+    if columns > 4:
+        title += f": {' > '.join(found.steps)}"
+    figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
 
 
@@ -498,14 +490,11 @@ def _draw_panel(axis: Any, panel: Panel, title: str) -> None:
         axis.imshow(panel.image, extent=(0, width, height, 0), interpolation="nearest")
     if panel.draw is not None:
         panel.draw(axis)
-    if panel.colour is not None:
-        axis.set_axis_on()
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for spine in axis.spines.values():
-            spine.set(edgecolor=panel.colour, linewidth=2.5)
+    axis.set_axis_on()
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(panel.colour is not None)
+        spine.set(edgecolor=panel.colour or "none", linewidth=2.5)
     axis.set_title(title, fontsize=8)
-    if panel.note:
-        axis.text(
-            0.5, -0.04, panel.note, transform=axis.transAxes, ha="center", va="top", fontsize=8
-        )
+    axis.set_xlabel(panel.note, fontsize=8)

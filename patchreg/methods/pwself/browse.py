@@ -49,13 +49,15 @@ def _value(owner: Any, settings: Any, name: str) -> Any:
 def _pair(
     look: Look, pair: tuple[int, int], grids: list[tuple[int, int]], tokens: tuple[Tensor, Tensor]
 ) -> list[Panel]:
-    import matplotlib
-
     count = len(tokens[0]) - 1
-    colours = matplotlib.colormaps["hsv"](np.linspace(0, 0.92, max(count, 1)))
+    # In so small a picture the numbers of more patches would overlap.
+    numbers = max(max(grid) for grid in grids) <= 8
+    colours = _colours(tokens[0], grids[0], numbers)
     panels = []
     for view, grid, matched, role in zip(pair, grids, tokens, ("teacher", "student"), strict=True):
         image = look.fed[view]
+        # Pale, so that colours without numbers can be told apart.
+        below = image if numbers else _pale(image)
         panels.append(
             Panel(
                 f"view {view + 1} ({role})\n{grid[0]} x {grid[1]} patches",
@@ -64,13 +66,35 @@ def _pair(
                 colour=view_colours(len(look.fed))[view],
                 draw=partial(
                     draw_view,
-                    view=image,
+                    view=below,
                     grid=grid,
                     tokens=matched,
                     colours=colours,
-                    # In so small a picture more would overlap.
-                    numbers=max(grid) <= 8,
+                    numbers=numbers,
                 ),
             )
         )
     return panels
+
+
+def _pale(image: np.ndarray) -> np.ndarray:
+    grey = image.mean(-1, keepdims=True).repeat(3, axis=-1)
+    return (255 - (255 - grey) / 2).astype(np.uint8)
+
+
+def _colours(tokens: Tensor, grid: tuple[int, int], numbered: bool) -> np.ndarray:
+    """Return one colour per pair; without numbers, hues go along the rows and get lighter downwards."""
+    import matplotlib
+
+    if numbered:
+        return matplotlib.colormaps["hsv"](np.linspace(0, 0.92, max(len(tokens) - 1, 1)))
+    patches = tokens[1:].numpy() - 1
+    rows, columns = (_spread(part) for part in (patches // grid[1], patches % grid[1]))
+    colours = np.stack((0.85 * columns, np.ones_like(rows), 0.3 + 0.7 * rows), axis=-1)
+    return matplotlib.colors.hsv_to_rgb(colours)
+
+
+def _spread(places: np.ndarray) -> np.ndarray:
+    """Return places along an axis as values from 0 to 1."""
+    first = places.min(initial=places.max(initial=0))
+    return (places - first) / max(places.max(initial=0) - first, 1)
