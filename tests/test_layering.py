@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,8 +93,6 @@ def test_imports_point_downwards(module: str, path: Path) -> None:
 
 @pytest.mark.parametrize(("module", "path"), list(modules()), ids=[name for name, _ in modules()])
 def test_third_parties_come_in_lazily(module: str, path: Path) -> None:
-    import sys
-
     tops = {name.split(".")[0] for name in imports(path, at_import_only=True)}
     extra = tops - ALLOWED_AT_IMPORT - set(sys.stdlib_module_names)
     assert not extra, f"{module} imports {sorted(extra)} at import time; import it where it is used"
@@ -111,3 +111,18 @@ def test_only_the_registry_names_the_methods_package() -> None:
             continue
         text = path.read_text(encoding="utf-8")
         assert "patchreg.methods." not in text, f"{module} names a method"
+
+
+def test_discovery_leaves_compilers_and_the_rest_alone() -> None:
+    """All methods are found without what takes seconds to import and most commands never use."""
+    code = (
+        "import sys, mmengine.runner; before = set(sys.modules); import patchreg.registry as r; r.discover();"
+        "print(*{m for m in set(sys.modules) - before if m.split('.')[0] != 'patchreg'})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    loaded = set(done.stdout.split())
+    heavy = {"torch._dynamo", "torch._inductor", "triton", "torchvision", "timm", "mmpretrain"}
+    heavy |= {"mmcv", "matplotlib", "scipy", "sklearn", "faiss", "onnxruntime"}
+    assert not loaded & heavy

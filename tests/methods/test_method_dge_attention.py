@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from dge_helpers import classifier, error, spread_routers
@@ -84,7 +86,7 @@ def test_varlen_hands_the_kernel_packed_rows_without_copying_keys(monkeypatch):
         ]
         return torch.cat([part.transpose(0, 1) for part in parts])
 
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: kernel)
     monkeypatch.setattr(attention, "_varlen_lack", lambda query: "")
     found = packed_attention(query, key, value, rows_of(counts), "varlen")
     assert error(found, by_hand(query, key, value, counts)) < 1e-12
@@ -166,12 +168,13 @@ def test_unknown_backend_names_the_known_ones():
 def test_varlen_names_what_it_lacks(monkeypatch):
     inputs = drawn([2, 3])
     rows = rows_of([2, 3])
-    lacks = "device 'cpu' .*use 'auto'" if attention.varlen_attn else r"2\.10 or newer"
-    with pytest.raises(ConfigError, match=lacks):
+    with pytest.raises(ConfigError, match="device 'cpu' .*use 'auto'"):
         packed_attention(*inputs, rows, "varlen")
-    monkeypatch.setattr(attention, "varlen_attn", None)
-    with pytest.raises(ConfigError, match=r"2\.10 or newer"):
-        packed_attention(*inputs, rows, "varlen")
+    half = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16, shape=(5, 3, 16))
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: None)
+    assert "2.10 or newer" in attention._varlen_lack(half)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: object())
+    assert attention._varlen_lack(half) == ""
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)

@@ -8,7 +8,6 @@ Letters: B images, h heads, d channels of a head, M keys, L packed queries of th
 
 from __future__ import annotations
 
-import contextlib
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,10 +17,6 @@ from torch import Tensor
 
 from patchreg.models.layers import attend
 from patchreg.utils.errors import ConfigError, did_you_mean
-
-varlen_attn: Any = None
-with contextlib.suppress(ImportError):  # torch before 2.10
-    from torch.nn.attention.varlen import varlen_attn  # type: ignore[no-redef]
 
 BACKENDS = ("auto", "varlen", "native", "padded", "per_image")
 HALVES = (torch.float16, torch.bfloat16)
@@ -134,16 +129,29 @@ def packed_attention(
     return _padded(query, key, value, rows)
 
 
+@cache
+def varlen_kernel() -> Any:
+    """Return PyTorch's attention for sequences of different lengths, or None before torch 2.10.
+
+    Importing it takes more than a second, which only those pay who have use for it.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
 def _varlen_lack(query: Tensor) -> str:
     """Return what keeps these queries from `varlen`, or nothing."""
-    if varlen_attn is None:
-        return f"torch {torch.__version__} (2.10 or newer is needed)"
     if query.device.type != "cuda":
         return f"the device {query.device.type!r} (CUDA is needed)"
     if query.dtype not in HALVES:
         return f"{query.dtype} (float16 or bfloat16 is needed)"
     if query.shape[-1] % 8 or query.shape[-1] > 256:
         return f"heads of {query.shape[-1]} channels (a multiple of 8 up to 256 is needed)"
+    if varlen_kernel() is None:
+        return f"torch {torch.__version__} (2.10 or newer is needed)"
     return ""
 
 
@@ -204,7 +212,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tens
     steps = _key_starts(batch, keys, key.device)
     # Keys lie [B, M, ..., h, d] in memory, so packing them copies nothing.
     packed_key, packed_value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (key, value))
-    out = varlen_attn(query, packed_key, packed_value, rows.starts(), steps, rows.longest, keys)
+    out = varlen_kernel()(query, packed_key, packed_value, rows.starts(), steps, rows.longest, keys)
     return out.flatten(1)
 
 
