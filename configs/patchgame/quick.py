@@ -2,8 +2,8 @@
 
     python tools/train.py configs/patchgame/quick.py
 
-Hardware and hours: 2 CPU cores, 10 minutes.
-Expected: matching 10.3 top-1 (chance 0.78) after epoch 2 of 3, seed 0; the end was not run.
+Hardware and hours: one thread of 2 CPU cores, 6 minutes.
+Expected: matching 9.5 top-1 (chance 0.78), k-NN of the tower 34.2 (untrained 29.5), mean of 3 seeds.
 """
 
 _base_ = ["./_base_.py", "../_base_/datasets/cifar10_two_views.py"]
