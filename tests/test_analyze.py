@@ -378,6 +378,17 @@ def test_confusion_refuses_what_has_no_classes() -> None:
         confusion.count_mistakes(MadePredictor(), nameless)
 
 
+def test_confusion_on_other_classes_than_trained_for_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "other.py"
+    config.write_text(
+        f"_base_ = ['{ROOT}/configs/dge/dense_quick.py']\n"
+        "test_dataloader = dict(dataset=dict(data_root='nowhere'))\n"
+    )
+    checkpoint = str(ROOT / "configs/dge/checkpoints/dense_quick.pth")
+    with pytest.raises(DataError, match=r"trained for airplane, .*test set here has T-shirt/top"):
+        confusion.confusion_of(str(config), checkpoint)
+
+
 def test_the_tool_has_all_analyses_and_one_message_per_mistake(tmp_path: Path) -> None:
     assert list(analyses()) == ["confusion", "curves", "runs", "throughput"]
     done = subprocess.run(

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from patchreg.runner.api import load_model
-from patchreg.runner.build import EngineRunner, config_errors, load_config, resolve_checkpoint
+from patchreg.runner.api import load
+from patchreg.runner.build import EngineRunner, config_errors
 from patchreg.utils.draw import save_figure
 from patchreg.utils.errors import ConfigError, DataError
 from patchreg.utils.files import write_safely
@@ -88,8 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: Where to add them.
     """
-    parser.add_argument("config", help="config file of a classifier, e.g. configs/dge/quick.py")
-    parser.add_argument("checkpoint", help="checkpoint, or folder of a run for its newest one")
+    parser.add_argument("config", help="config of a classifier, e.g. configs/dge/quick.py")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        help="checkpoint, or folder of a run for its newest one (default: the one that ships)",
+    )
     parser.add_argument(
         "--out", default="work_dirs/confusion", help="folder of confusion.csv and confusion.png"
     )
@@ -113,28 +117,32 @@ def run(arguments: argparse.Namespace) -> str:
     return report(found, arguments.top) + f"\nwritten to {folder}: confusion.csv, confusion.png"
 
 
-def confusion_of(path: str, checkpoint: str) -> Confusion:
+def confusion_of(path: str, checkpoint: str | None = None) -> Confusion:
     """Predict the test set of a config and count.
 
     Args:
         path: Config file.
-        checkpoint: Checkpoint, or folder of a run for its newest one.
+        checkpoint: Checkpoint, or folder of a run for its newest one; None takes the one that ships
+            with the config, else what the config itself names.
 
     Raises:
         ConfigError: The config has no test set, or its model does not classify.
-        DataError: The test set has no labels.
+        DataError: The test set has no labels, or other classes than the model was trained for.
     """
-    checkpoint = resolve_checkpoint(checkpoint)
-    config = load_config(path, {"load_from": checkpoint})
-    if config.get("test_dataloader") is None or "model" not in config:
+    model = load(path, checkpoint)
+    if model.config.get("test_dataloader") is None:
         raise ConfigError(
-            f"'{path}' has no model with a test_dataloader; use the config of one stage that classifies"
+            f"'{path}' has no test_dataloader; use the config of a stage that has one"
         )
-    model = load_model(config, checkpoint)
     with config_errors("the test data cannot be read"):
-        loader = EngineRunner.build_dataloader(config.test_dataloader, seed=0)
+        loader = EngineRunner.build_dataloader(model.config.test_dataloader, seed=0)
     names = list(getattr(loader.dataset, "metainfo", {}).get("classes") or ())
-    return count_mistakes(model, loader, names)
+    if names and model.classes and names != model.classes:
+        raise DataError(
+            f"the model was trained for {', '.join(model.classes[:3])}, ..., but the test set here has "
+            f"{', '.join(names[:3])}, ...; prepare the data of '{path}' with tools/prepare_data.py"
+        )
+    return count_mistakes(model.network, loader, names)
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from mmengine.registry import init_default_scope
 from torch import Tensor
 
 from patchreg.registry import MODELS, method_modules
+from patchreg.runner.api import find_config
 from patchreg.runner.build import EngineRunner, config_errors, load_config
 from patchreg.structures import ViewGeometry
 from patchreg.transforms.loading import LoadImage
@@ -133,7 +134,7 @@ def browse(
     weights are needed.
 
     Args:
-        path: Config file.
+        path: Config file, or a short name such as `pwself/quick`.
         split: `train`, `val` or `test`; by default the first of these that the config has.
         count: Images.
         seed: Seed of the run; by default that of the config.
@@ -145,6 +146,7 @@ def browse(
     if count < 1:
         raise ConfigError(f"--count {count}: expected at least 1")
     # Checkpoints that a config names need not be here: nothing below reads them.
+    path = find_config(path)
     config = load_config(path, moved={".": ".", "/": "/"})
     split = _split(config, path, split)
     init_default_scope(config.get("default_scope", "patchreg"))
@@ -357,6 +359,7 @@ def draw(found: Browsing, path: str | Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     changed = any(_differs(look) for look in found.looks)
     blocks = [_lines(found.config, look, changed) for look in found.looks]
@@ -373,9 +376,8 @@ def draw(found: Browsing, path: str | Path) -> None:
         figsize=(1.75 * columns + 0.5, (1.85 + 0.18 * notes) * len(lines) + 0.5),
         width_ratios=[0.2] + [1.0] * columns,
         squeeze=False,
-        layout="constrained",
+        layout=ConstrainedLayoutEngine(h_pad=0.07),
     )
-    figure.get_layout_engine().set(h_pad=0.07)
     for number, (line, row) in enumerate(zip(lines, axes, strict=True)):
         for axis in row:
             axis.set_axis_off()
