@@ -56,8 +56,8 @@ class Part:
         module: Takes normalised images and returns a tuple of tensors; in evaluation mode.
         outputs: Names of its outputs and what their dimensions are.
         reference: The same from the model's own functions, for the check.
-        strict: Whether the code itself is traced (Dynamo); False traces what runs, so that tables
-            made beforehand are constants.
+        strict: Whether the code itself is traced first (Dynamo); False traces what runs, so that tables
+            made beforehand are constants. Where one way fails the other is tried.
         decompositions: Operators of this project and what they are made of.
 
     Shape:
@@ -375,9 +375,15 @@ def capture(network: Any, part: Part, images: Tensor) -> torch.export.ExportedPr
     module = _FromPixels(network, part.module).eval()
     dynamic = {"images": {0: torch.export.Dim("batch")}}
     with _told_briefly(part.about, "torch.export"), torch.no_grad():
-        captured = torch.export.export(
-            module, (images,), dynamic_shapes=dynamic, strict=part.strict
-        )
+        try:
+            captured = torch.export.export(
+                module, (images,), dynamic_shapes=dynamic, strict=part.strict
+            )
+        except Exception:
+            # Dynamo does not know all of Python, and what runs may turn the batch into a number.
+            captured = torch.export.export(
+                module, (images,), dynamic_shapes=dynamic, strict=not part.strict
+            )
         if part.decompositions:
             captured = captured.run_decompositions(dict(part.decompositions))
     return captured

@@ -362,7 +362,7 @@ class PyramidVisionTransformerBackbone(BaseModule):
             extra = self.stage_extra(stage)
             x, grid = getattr(self, f"patch_embed{stage + 1}")(pixels)
             if extra:
-                x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+                x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
             pos_embed = getattr(self, f"pos_embed{stage + 1}")
             design = self.design[stage]
             x = self.pos_drop(x + resize_pos_embed(pos_embed, design, grid, extra, mode="bilinear"))
