@@ -3,7 +3,7 @@
     python tools/train.py configs/patchdrop/cifar10_short_classifier_hr.py
 
 Hardware and hours: 2 CPU cores, about an hour.
-Expected: at least 89 top-1.
+Expected: 90.8 top-1 (one seed, docs/runs/patchdrop_cifar10).
 """
 
 _base_ = ["../_base_/runtime.py", "./_base_/cifar10.py", "./_base_/short_classifier.py"]

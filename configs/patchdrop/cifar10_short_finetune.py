@@ -3,7 +3,7 @@
     python tools/train.py configs/patchdrop/cifar10_short_finetune.py
 
 Hardware and hours: 2 CPU cores, half an hour.
-Expected: not finished yet.
+Expected: 85.7 top-1 at 7.2 patches (one seed, docs/runs/patchdrop_cifar10).
 """
 
 _base_ = [

@@ -3,7 +3,7 @@
     python tools/test.py configs/patchdrop/cifar10_short_sweep.py
 
 Hardware and hours: 2 CPU cores, 15 minutes.
-Expected: not finished yet.
+Expected: 60.2 to 89.8 top-1 from 2 to 14 patches (one seed, docs/runs/patchdrop_cifar10).
 """
 
 _base_ = [
