@@ -26,6 +26,8 @@ ruff check .
 ruff format --check .
 say "mypy"
 mypy
+say "metafiles and generated pages"
+python tools/zoo.py --check
 say "tests"
 OMP_NUM_THREADS=1 python -m pytest -n "${PATCHREG_TEST_PROCESSES:-2}" --dist loadfile
 say "all checks passed"
