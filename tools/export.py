@@ -12,6 +12,7 @@ import sys
 
 from mmengine.config import DictAction
 
+from patchreg.pictures import add_checkpoint_argument
 from patchreg.runner.export import FORMATS, export_file
 from patchreg.utils.errors import run_tool
 
@@ -21,11 +22,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Export a part of a trained model: one file that needs no patchreg."
     )
     parser.add_argument("config", help="config file, or its name, e.g. dge/dense_quick")
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        help="checkpoint, or folder of a run for its newest one (default: the one that ships)",
-    )
+    add_checkpoint_argument(parser)
     parser.add_argument(
         "--part",
         help="model, backbone, policy, localiser or ranker; without it, the tool says which there are",

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from patchreg.pictures import IMAGE_HELP
+from patchreg.pictures import IMAGE_HELP, add_checkpoint_argument
 from patchreg.pictures.patches import draw_patches
 from patchreg.runner.api import load
 from patchreg.utils.errors import run_tool
@@ -24,11 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("image", help=IMAGE_HELP)
     parser.add_argument("config", help="config file, or its name, e.g. anchornet/quick_dynamic")
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        help="checkpoint, or folder of a run for its newest one (default: the one that ships)",
-    )
+    add_checkpoint_argument(parser)
     parser.add_argument(
         "--budget", type=float, help="mean multiply-accumulates per image, for early exit"
     )

@@ -45,10 +45,23 @@ def add_model_arguments(
     """
     parser.add_argument("image", help=IMAGE_HELP)
     parser.add_argument("config", help=config_help)
-    parser.add_argument("checkpoint", help="checkpoint, or folder of a run for its newest one")
+    add_checkpoint_argument(parser)
     parser.add_argument("--out", default=out, help="picture to write")
     parser.add_argument(
         "--count", type=int, default=count, help=f"how many images at most (default {count})"
+    )
+
+
+def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint to a command line; the one that ships with the config need not be named.
+
+    Args:
+        parser: Where to add it.
+    """
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        help="checkpoint, or folder of a run for its newest one (default: the one that ships)",
     )
 
 

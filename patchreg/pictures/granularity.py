@@ -10,8 +10,7 @@ import torch
 from mmengine.dataset import default_collate
 
 from patchreg.pictures import add_model_arguments, check_out
-from patchreg.runner.api import load_model
-from patchreg.runner.build import load_config
+from patchreg.runner.api import load
 from patchreg.runner.picture import model_classes, read_samples
 from patchreg.utils.draw import draw_selection
 from patchreg.utils.errors import ConfigError
@@ -42,13 +41,15 @@ def run(kind: str, arguments: argparse.Namespace) -> str:
     return f"written to {arguments.out}"
 
 
-def draw_granularity(source: str, path: str, checkpoint: str, out: str, count: int = 8) -> None:
+def draw_granularity(
+    source: str, path: str, checkpoint: str | None, out: str, count: int = 8
+) -> None:
     """Draw how finely each region of some images is looked at, and by which block.
 
     Args:
         source: Image file, folder of images, or `test` for the config's test set.
         path: Config file.
-        checkpoint: Checkpoint, or folder of a run for its newest one.
+        checkpoint: Checkpoint, folder of a run for its newest one, or None for the one that ships.
         out: Picture to write.
         count: How many images at most.
 
@@ -58,8 +59,8 @@ def draw_granularity(source: str, path: str, checkpoint: str, out: str, count: i
     if count < 1:
         raise ConfigError(f"--count {count}: expected at least 1")
     check_out(out)
-    config = load_config(path)
-    model = load_model(config, checkpoint)
+    loaded = load(path, checkpoint)
+    config, model = loaded.config, loaded.network
     samples = read_samples(source, config, count)
     batch = default_collate(samples)
     images = batch["inputs"].permute(0, 2, 3, 1).numpy().astype(np.uint8)

@@ -16,8 +16,7 @@ from torch import Tensor
 from patchreg.models.selectors.rank import top_mask
 from patchreg.models.selectors.rankers import scores_on_grid
 from patchreg.pictures import add_model_arguments, check_out
-from patchreg.runner.api import load_model
-from patchreg.runner.build import load_config
+from patchreg.runner.api import load
 from patchreg.runner.patchrank import Ranker
 from patchreg.runner.picture import plain_pipeline, read_samples
 from patchreg.utils.draw import save_figure
@@ -47,8 +46,8 @@ def run(kind: str, arguments: argparse.Namespace) -> str:
     check_out(arguments.out)
     if arguments.count < 1:
         raise ConfigError(f"--count {arguments.count}: expected at least 1")
-    config = load_config(arguments.config)
-    model = load_model(config, arguments.checkpoint)
+    loaded = load(arguments.config, arguments.checkpoint)
+    config, model = loaded.config, loaded.network
     images = plain_images(arguments.image, config, model, arguments.count)
     with torch.inference_mode():
         batch = dict(inputs=images)

@@ -12,8 +12,7 @@ from mmengine.dataset import default_collate
 from patchreg.methods.patchdrop.mask import expand_actions
 from patchreg.methods.patchdrop.model import PatchDropClassifier
 from patchreg.pictures import add_model_arguments, check_out
-from patchreg.runner.api import load_model
-from patchreg.runner.build import load_config
+from patchreg.runner.api import load
 from patchreg.runner.picture import model_classes, read_samples
 from patchreg.utils.draw import save_figure
 from patchreg.utils.errors import ConfigError
@@ -44,13 +43,13 @@ def run(kind: str, arguments: argparse.Namespace) -> str:
     return f"written to {arguments.out}"
 
 
-def draw_policy(source: str, path: str, checkpoint: str, out: str, count: int = 8) -> None:
+def draw_policy(source: str, path: str, checkpoint: str | None, out: str, count: int = 8) -> None:
     """Draw images, overviews, probabilities and what was acquired.
 
     Args:
         source: Image file, folder of images, or `test` for the config's test set.
         path: Config file of a policy.
-        checkpoint: Checkpoint, or folder of a run for its newest one.
+        checkpoint: Checkpoint, folder of a run for its newest one, or None for the one that ships.
         out: Picture to write.
         count: How many images at most.
 
@@ -60,12 +59,8 @@ def draw_policy(source: str, path: str, checkpoint: str, out: str, count: int = 
     if count < 1:
         raise ConfigError(f"--count {count}: expected at least 1")
     check_out(out)
-    # The checkpoint holds all parts, so the files of earlier stages are not needed.
-    config = load_config(path, moved={"work_dirs": "work_dirs"})
-    for part in config.model.values():
-        if isinstance(part, dict):
-            part.pop("init_cfg", None)
-    model = load_model(config, checkpoint)
+    loaded = load(path, checkpoint)
+    config, model = loaded.config, loaded.network
     if not isinstance(model, PatchDropClassifier):
         raise ConfigError(f"'{path}' has no policy; give a config of stage 1 to 3 of PatchDrop")
     samples = read_samples(source, config, count)

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchreg.methods.patchgame.model import PatchGamePretrainer
-from patchreg.pictures import check_out
+from patchreg.pictures import add_checkpoint_argument, check_out
 from patchreg.pictures.ranks import plain_images
-from patchreg.runner.api import load_model
-from patchreg.runner.build import load_config
+from patchreg.runner.api import load
 from patchreg.utils.draw import save_figure
 from patchreg.utils.errors import ConfigError
 
@@ -32,7 +31,7 @@ def add_arguments(kind: str, parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("image", help="folder of images, image file, or 'test' for the test set")
     parser.add_argument("config", help="config of a PatchGame")
-    parser.add_argument("checkpoint", help="checkpoint, or folder of a run for its newest one")
+    add_checkpoint_argument(parser)
     parser.add_argument("--out", default="symbols.png", help="picture to write")
     parser.add_argument("--count", type=int, default=512, help="images at most (default 512)")
     parser.add_argument("--symbols", type=int, default=20, help="most frequent ones (default 20)")
@@ -53,8 +52,8 @@ def run(kind: str, arguments: argparse.Namespace) -> str:
     for name in ("count", "symbols", "patches"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} {getattr(arguments, name)}: expected at least 1")
-    config = load_config(arguments.config)
-    model = load_model(config, arguments.checkpoint)
+    loaded = load(arguments.config, arguments.checkpoint)
+    config, model = loaded.config, loaded.network
     if not isinstance(model, PatchGamePretrainer):
         raise ConfigError(f"'{arguments.config}' is no PatchGame but a {type(model).__name__}")
     images = plain_images(arguments.image, config, model, arguments.count)
