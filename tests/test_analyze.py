@@ -271,8 +271,10 @@ def test_table_of_runs_tells_how_far_each_is(tmp_path: Path) -> None:
     assert (one.state, one.metric, one.last, one.done) == ("evaluated", "knn/top1", 12.5, None)
     assert by_name["failed"].state == "no scalars"
     assert "1.8 of 8" in runs.table(found)
-    runs.write_csv(found, tmp_path / "out" / "runs.csv")
-    with (tmp_path / "out" / "runs.csv").open() as file:
+    out = tmp_path / "out" / "runs.csv"
+    arguments = argparse.Namespace(folder=tmp_path, metric=None, csv=out)
+    assert runs.run(arguments) == f"{runs.table(found)}\nwritten to {out}"
+    with out.open() as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     assert (rows["done"]["best"], rows["done"]["state"]) == ("40.0", "finished")
     assert rows["failed"]["best"] == ""

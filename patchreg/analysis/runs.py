@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
 import time
@@ -16,8 +14,7 @@ from typing import Any
 from patchreg.analysis.facts import RunFacts, facts_of
 from patchreg.analysis.log import RunLog, read_runs, run_folders, starts_of
 from patchreg.utils.errors import ConfigError, DataError, MissingFileError, did_you_mean
-from patchreg.utils.files import write_safely
-from patchreg.utils.tables import text_table
+from patchreg.utils.tables import text_table, write_csv
 
 HELP = "table of all runs below a folder: state, epochs, best and last metric, time, size"
 
@@ -88,7 +85,7 @@ def run(arguments: argparse.Namespace) -> str:
     found, notes = summaries(arguments.folder, arguments.metric)
     lines = [table(found), *notes]
     if arguments.csv:
-        write_csv(found, arguments.csv)
+        write_csv(arguments.csv, [vars(one) for one in found])
         lines.append(f"written to {arguments.csv}")
     return "\n".join(lines)
 
@@ -293,19 +290,3 @@ def _duration(seconds: float | None) -> str:
         return "-"
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def write_csv(found: Sequence[Summary], path: str | Path) -> None:
-    """Write the runs as CSV, one column per field of `Summary`.
-
-    Args:
-        found: At least one run.
-        path: File; its folder is made.
-    """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(vars(found[0])), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(vars(one) for one in found)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_safely(path, text.getvalue().encode())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import csv
-import io
 import shlex
 import statistics
 import time
@@ -22,8 +20,8 @@ from torch import Tensor
 from patchreg.runner.api import load_model, shipped_checkpoint
 from patchreg.runner.build import EngineRunner, config_errors, load_config, resolve_checkpoint
 from patchreg.structures import PatchSelection
+from patchreg.utils import tables
 from patchreg.utils.errors import ConfigError
-from patchreg.utils.files import write_safely
 
 BUDGET = "budget"
 """Knob of models that have `set_budget`: mean multiply-accumulates per image."""
@@ -391,10 +389,4 @@ def write_csv(rows: Sequence[Row], path: str | Path) -> None:
         rows: Those of a `Comparison`.
         path: File; its folder is made.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(asdict(rows[0])), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    write_safely(path, text.getvalue().encode())
+    tables.write_csv(path, [asdict(row) for row in rows])

@@ -6,7 +6,6 @@ Letters: B images, P patches in raster order, k kept ones.
 from __future__ import annotations
 
 import csv
-import io
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from patchreg.registry import LOOPS, SELECTORS
 from patchreg.runner.api import load
 from patchreg.structures import PatchSelection
 from patchreg.utils.errors import ConfigError, DataError
-from patchreg.utils.files import write_safely
+from patchreg.utils.tables import write_csv
 
 ROUNDS = 9
 COLUMNS = (
@@ -383,11 +382,7 @@ class PatchRankLoop(TestLoop):
 
     def _report(self, rows: list[dict[str, Any]]) -> None:
         folder = Path(self.runner.work_dir)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_safely(folder / "patchrank.csv", text.getvalue().encode())
+        write_csv(folder / "patchrank.csv", rows, COLUMNS)
         draw_patchrank([folder / "patchrank.csv"], folder / "patchrank.png")
         names = list(self.rankers)
         width = max(8, *(len(name) for name in names))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import time
@@ -35,6 +33,7 @@ from patchreg.runner.checkpoint import seal
 from patchreg.utils.draw import save_figure
 from patchreg.utils.errors import ConfigError
 from patchreg.utils.files import replace_safely, write_safely
+from patchreg.utils.tables import write_csv
 
 WEIGHTS = "ensemble.pth"
 OFFICIAL_TABLE = "table_official.pth"
@@ -327,12 +326,7 @@ class AnchorNetDynamicLoop(BaseLoop):
             rows=report,
         )
         write_safely(folder / "dynamic.json", json.dumps(content, indent=1).encode())
-        columns = list(dict.fromkeys(key for entry in report for key in entry))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(report)
-        write_safely(folder / "dynamic.csv", text.getvalue().encode())
+        write_csv(folder / "dynamic.csv", report)
         _draw(report, self.unit, folder / "dynamic.png")
         lines = [f"{'thresholds':44s}  accuracy      cost  left at each stage"]
         for entry in report:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,7 +18,7 @@ from patchreg.metrics.cost import CostMetric
 from patchreg.registry import LOOPS
 from patchreg.utils.draw import draw_curves
 from patchreg.utils.errors import ConfigError
-from patchreg.utils.files import write_safely
+from patchreg.utils.tables import write_csv
 
 ROUNDS = 9
 COLUMNS = ("budget", "calibration_share", "share", "macs", "top1", "images_per_second", "shift")
@@ -131,11 +129,7 @@ class DGEBudgetSweepLoop(TestLoop):
 
     def _report(self, rows: list[dict[str, float]]) -> None:
         folder = Path(self.runner.work_dir)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_safely(folder / "budgets.csv", text.getvalue().encode())
+        write_csv(folder / "budgets.csv", rows, COLUMNS)
         curves = {"top-1 (%)": "top1", "images/s": "images_per_second"}
         draw_curves(
             [row["share"] for row in rows],

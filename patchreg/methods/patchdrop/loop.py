@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from patchreg.methods.patchdrop.selector import PatchDropFixedSelector
 from patchreg.registry import LOOPS
 from patchreg.utils.draw import draw_lines
 from patchreg.utils.errors import ConfigError
-from patchreg.utils.files import write_safely
+from patchreg.utils.tables import write_csv
 
 COLUMNS = ("policy", "setting", "kept", "accuracy", "reward", "unique", "gmacs")
 
@@ -129,11 +127,7 @@ class PatchDropSweepLoop(TestLoop):
 
     def _report(self, rows: list[dict[str, Any]]) -> None:
         folder = Path(self.runner.work_dir)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_safely(folder / "patches.csv", text.getvalue().encode())
+        write_csv(folder / "patches.csv", rows, COLUMNS)
         curves: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             curves.setdefault(row["policy"], []).append((row["kept"], row["accuracy"]))
