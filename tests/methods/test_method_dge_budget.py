@@ -219,14 +219,14 @@ def checkpoint(tmp_path: Path) -> str:
 
 def test_comparison_calibrates(checkpoint: str) -> None:
     options = {**SMALL, "test_dataloader.dataset.subset": 300}
-    rows, _ = compare(
+    rows = compare(
         [
             Entry("as trained", QUICK, checkpoint, options),
             Entry("0.7", QUICK, checkpoint, {**options, "model.budget": 0.7}),
         ],
         rounds=1,
         batch_size=8,
-    )
+    ).rows
     assert abs(rows[0].mac_ratio - 0.7) > 0.03
     assert rows[1].mac_ratio == pytest.approx(0.7, rel=0.05)
 
