@@ -108,7 +108,8 @@ def rehearse(config: Config) -> None:
         ConfigError: The model cannot be built, or a part cannot take what the one before it gives.
         CheckpointError: Weights that a part names belong to another model.
     """
-    init_default_scope(config.get("default_scope", "patchreg"))
+    with config_errors("default_scope"):
+        init_default_scope(config.get("default_scope", "patchreg"))
     spec = model_spec(config)
     with config_errors("the model cannot be built"):
         try:
