@@ -253,8 +253,9 @@ def test_table_of_runs_tells_how_far_each_is(tmp_path: Path) -> None:
     write_run(tmp_path / "deep" / "running", FIRST[:5], epochs=8)
     tested = write_run(tmp_path / "tested", [])
     (tested / "20260101_000000" / "20260101_000000.json").write_text('{"knn/top1": 12.5}')
-    write_run(tmp_path / "failed", [])
-    for item in stopped.rglob("*"):
+    failed = write_run(tmp_path / "failed", [])
+    write_run(tmp_path / "begun", [])
+    for item in (*stopped.rglob("*"), *failed.rglob("*")):
         os.utime(item, (0, 0))
     found, notes = runs.summaries(tmp_path)
     assert not notes
@@ -270,6 +271,7 @@ def test_table_of_runs_tells_how_far_each_is(tmp_path: Path) -> None:
     one = by_name["tested"]
     assert (one.state, one.metric, one.last, one.done) == ("evaluated", "knn/top1", 12.5, None)
     assert by_name["failed"].state == "no scalars"
+    assert by_name["begun"].state == "running?"
     assert "1.8 of 8" in runs.table(found)
     out = tmp_path / "out" / "runs.csv"
     arguments = argparse.Namespace(folder=tmp_path, metric=None, csv=out)

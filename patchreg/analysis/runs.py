@@ -153,12 +153,16 @@ def summarise(
     if facts.checkpoint is not None:
         one.megabytes = facts.checkpoint.stat().st_size / 1e6
     rows = [(row.step, row.values) for row in log.val]
+    written = max((item.stat().st_mtime for item in _files(log.path)), default=0.0)
+    recent = (time.time() if now is None else now) - written < RECENT
+    tested = {} if log.train or log.val else _tested(log.path)
     if log.train or log.val:
-        one.state = _progress(one, log, facts, time.time() if now is None else now)
-    else:
-        tested = _tested(log.path)
-        if tested:
-            one.state, rows = "evaluated", [(0, tested)]
+        finished = _progress(one, log, facts)
+        one.state = "finished" if finished else "running?" if recent else "stopped"
+    elif tested:
+        one.state, rows = "evaluated", [(0, tested)]
+    elif recent:
+        one.state = "running?"
     known = list(dict.fromkeys(key for _, values in rows for key in values))
     known = [key for key in known if key not in _NO_METRIC]
     one.metric = metric if metric is not None else _leading(known)
@@ -173,8 +177,8 @@ def summarise(
     return one, known
 
 
-def _progress(one: Summary, log: RunLog, facts: RunFacts, now: float) -> str:
-    """Set how far a run is; return its state."""
+def _progress(one: Summary, log: RunLog, facts: RunFacts) -> bool:
+    """Set how far a run is; return whether that is all that was wanted."""
     length = log.epoch_length
     iterations = log.train[-1].iteration if log.train else 0
     saved = facts.checkpoint.stem if facts.checkpoint is not None else ""
@@ -193,11 +197,7 @@ def _progress(one: Summary, log: RunLog, facts: RunFacts, now: float) -> str:
         elif log.train:
             told.append(float((log.train[-1].epoch or 1) - 1))
         one.done = max(told, default=0.0)
-    end = one.planned
-    if end is not None and one.done >= end - 1e-9:
-        return "finished"
-    written = [item.stat().st_mtime for item in _files(log.path)]
-    return "running?" if written and now - max(written) < RECENT else "stopped"
+    return one.planned is not None and one.done >= one.planned - 1e-9
 
 
 def _files(folder: Path) -> list[Path]:
