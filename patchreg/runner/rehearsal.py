@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from mmengine.dataset import default_collate
 from mmengine.registry import init_default_scope
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from patchreg.models.preprocessor import ImagePreprocessor
 from patchreg.registry import MODELS, TRANSFORMS
@@ -23,6 +23,7 @@ from patchreg.runner.checkpoint import check_state, parts_to_load
 from patchreg.utils.errors import ConfigError, UserError
 
 _BATCH = 2
+_MISMATCH = re.compile(r"shapes? .*(cannot|mismatch|invalid)|must match|size mismatch|channels")
 _BROKEN = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
 
 
@@ -78,21 +79,18 @@ def side_of(model: nn.Module, side: int) -> int:
 
 @contextmanager
 def without_data() -> Iterator[None]:
-    """Let tensors have shapes and no values, and leave weights as they come."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """Make new tensors without memory and values, on the meta device, and leave weights as they come.
 
+    torch's fake tensors would follow more models, but building PatchGame with them corrupts memory.
+    """
     # The only initialiser that looks at its values.
     initialiser = nn.init.trunc_normal_
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    silent, log.disabled = log.disabled, True
     nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor
     try:
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
-            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        with torch.device("meta"):
             yield
     finally:
         nn.init.trunc_normal_ = initialiser
-        log.disabled = silent
 
 
 def rehearse(config: Config) -> None:
@@ -133,55 +131,51 @@ def rehearse(config: Config) -> None:
     if config.get("train_cfg") is None:
         return
     with config_errors("no training batch can be made"):
-        batch = training_batch(config, model, side)
+        views = views_of(config, model)
 
     def train(model: nn.Module) -> None:
         model.train()
-        model(**batch, mode="loss")
+        if views is not None:
+            black = tree_map_only(Tensor, lambda v: torch.zeros(v.shape, dtype=v.dtype), views)
+            model(**black, mode="loss")
+            return
+        labels = [BaseDataElement(gt_label=torch.zeros(1, dtype=torch.long)) for _ in range(_BATCH)]
+        model(torch.zeros(_BATCH, 3, side, side), labels, mode="loss")
 
     _try(train, model, spec, must_end=False)
 
 
-def training_batch(config: Config, model: nn.Module, side: int) -> dict[str, Any]:
-    """Return a small batch of black images, or of views of them, as a model is trained with.
+def views_of(config: Config, model: nn.Module) -> dict[str, Any] | None:
+    """Return views of black images, as a model of several views is trained with, or None for other models.
 
     Args:
         config: A checked config.
         model: Its model, for the preprocessor.
-        side: Side of the images in px.
     """
     pipeline = ((config.get("train_dataloader") or {}).get("dataset") or {}).get("pipeline") or []
     for step in pipeline:
-        if isinstance(step, Mapping) and step.get("type") == "MultiView":
+        if step.get("type") == "MultiView":
             with config_errors("train_dataloader.dataset.pipeline"):
                 cut: Any = TRANSFORMS.build(step.to_dict())
             black = np.zeros((256, 256, 3), dtype=np.uint8)
             samples = [cut(dict(img=black)) for _ in range(_BATCH)]
-            preprocessor: Any = model.data_preprocessor
-            return type(preprocessor)()(default_collate(samples), True)
-    labels = [BaseDataElement(gt_label=torch.tensor([0])) for _ in range(_BATCH)]
-    return dict(inputs=torch.zeros(_BATCH, 3, side, side), data_samples=labels)
+            preprocessor: Any = type(model.data_preprocessor)()
+            return preprocessor(default_collate(samples), True)
+    return None
 
 
 def _try(
     run: Callable[[nn.Module], None], model: nn.Module, spec: dict[str, Any], must_end: bool
 ) -> None:
     """Run without data; what fails there may be the want of data, so it has to fail with data too."""
-    from torch._subclasses.fake_tensor import (
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-    )
-
     place = f"the model cannot {'evaluate' if must_end else 'train on'} an image"
     with torch.no_grad(), config_errors(place):
         try:
             with without_data():
                 return run(model)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            if not must_end:
+        except Exception as error:
+            if not must_end and not _MISMATCH.search(str(error)):
                 return None
-        except Exception:
-            pass
         real = MODELS.build(spec)
         with _entered(real) as stack:
             try:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 BACKENDS = ("auto", "torch", "torchsort")
@@ -54,8 +53,6 @@ def soft_rank(scores: Tensor, strength: float = 1.0, backend: str = "auto") -> T
     if scores.numel() == 0:
         return scores.clone()
     kernels = None if backend == "torch" else torchsort_kernels(scores.device.type)
-    if isinstance(scores, FakeTensor):
-        kernels = None  # they read memory, which such a tensor does not have
     if kernels is None and backend == "torchsort":
         raise ImportError(
             f"torchsort is not installed with kernels for {scores.device.type}: pip install "
