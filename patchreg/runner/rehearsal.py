@@ -253,7 +253,8 @@ def _channels(module: nn.Module, given: Tensor | None) -> tuple[int | None, int 
 
 def _place(spec: dict[str, Any], name: str) -> tuple[str, list[Mapping[str, Any]]]:
     """Return where the config of a part stands, and the dicts on the way to it."""
-    path, nodes = "model", [spec]
+    path = "model"
+    nodes: list[Mapping[str, Any]] = [spec]
     # Parts that a model makes itself, such as a student and a teacher, have no dict of their own.
     for key in name.split("."):
         inner = nodes[-1].get(key)
