@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -87,7 +88,8 @@ def without_data() -> Iterator[None]:
     initialiser = nn.init.trunc_normal_
     nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor
     try:
-        with torch.device("meta"):
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
             yield
     finally:
         nn.init.trunc_normal_ = initialiser
