@@ -84,15 +84,16 @@ def without_data() -> Iterator[None]:
 
     torch's fake tensors would follow more models, but building PatchGame with them corrupts memory.
     """
-    # The only initialiser that looks at its values.
-    initialiser = nn.init.trunc_normal_
+    # The only initialiser that looks at its values, and a question that knows no such device.
+    initialiser, question = nn.init.trunc_normal_, torch.is_autocast_enabled
     nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor
+    torch.is_autocast_enabled = lambda *_: False
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
             yield
     finally:
-        nn.init.trunc_normal_ = initialiser
+        nn.init.trunc_normal_, torch.is_autocast_enabled = initialiser, question
 
 
 def rehearse(config: Config) -> None:
