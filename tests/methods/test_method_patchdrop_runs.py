@@ -133,13 +133,16 @@ def test_controller_meets_its_target() -> None:
             model.loss(images, labelled(targets))["loss_policy"].backward()
             optimiser.step()
             hook.after_train_iter(runner, 0)
-            kept.append(model.last_step.greedy.sum(1).mean().item())
+            kept.append(model.decide(model.last_step.overview).sum(1).float().mean().item())
+            assert model.selector.training
         mean = sum(kept[-50:]) / 50
         assert abs(mean - target) <= 0.5, mean
         assert runner.message_hub.last[0] == "train/patch_price"
 
 
-def test_controller_moves_by_the_distance_from_its_target() -> None:
+def test_controller_moves_by_the_distance_from_its_target(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     init_default_scope("patchreg")
     model = patchdrop()
     config = dict(type="PatchDropBudgetHook", target=6, proportional=3.0, integral=0.1)
@@ -147,7 +150,8 @@ def test_controller_moves_by_the_distance_from_its_target() -> None:
     runner = SimpleNamespace(model=model, message_hub=Hub())
     for kept, price in (([4, 10], 3.1), ([8, 8], 6.3), ([6, 6], 0.3), ([4, 4], -5.9)):
         actions = (torch.arange(16) < torch.tensor(kept)[:, None]).float()
-        model.last_step = SimpleNamespace(greedy=actions)
+        model.last_step = SimpleNamespace(overview=None)
+        monkeypatch.setattr(model, "decide", lambda overview, actions=actions: actions.bool())
         hook.after_train_iter(runner, 0)
         assert model.policy_loss.surcharge.item() == pytest.approx(price / 16)
     with pytest.raises(ConfigError, match="the grid has 16 patches"):

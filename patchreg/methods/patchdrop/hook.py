@@ -123,9 +123,9 @@ class PatchDropBudgetHook(Hook):
 
     The price comes on top of the reward, whether the answer is right or wrong, and may become
     negative; reported rewards are without it. It is the multiplier of the constraint "so many
-    patches on average". With the gap e = (kept - target) / P, `kept` being the mean of the greedy
-    decisions, it is proportional * e plus the sum of integral * e over all steps. It is part of the
-    checkpoint.
+    patches on average". With the gap e = (kept - target) / P, `kept` being the mean of the decisions
+    that an evaluation would take (BatchNorm with its averages), it is proportional * e plus the sum of
+    integral * e over all steps. It is part of the checkpoint.
 
     Source:
         Own; the official code is tuned by the penalty.
@@ -176,7 +176,7 @@ class PatchDropBudgetHook(Hook):
         """
         model = patchdrop_model(runner)
         assert model.last_step is not None
-        kept = model.last_step.greedy.sum(1).mean().double()
+        kept = model.decide(model.last_step.overview).sum(1).double().mean()
         all_reduce(kept, "mean")
         loss = model.policy_loss
         gap = (kept - self.target) / model.selector.num_patches

@@ -39,9 +39,10 @@ class PatchDropStep:
         greedy_right: Whether the prediction for the greedy decisions is right.
         sampled_logits: Class logits for the sampled decisions (two streams: the sum).
         greedy_logits: Class logits for the greedy decisions.
+        overview: What the policy saw.
 
     Shape:
-        [B, P], rewards [B, 1], right [B], logits [B, K].
+        [B, P], rewards [B, 1], right [B], logits [B, K], overview [B, 3, h, w].
     """
 
     probability: Tensor
@@ -53,6 +54,7 @@ class PatchDropStep:
     greedy_right: Tensor
     sampled_logits: Tensor
     greedy_logits: Tensor
+    overview: Tensor
 
 
 @dataclass(eq=False)
@@ -278,6 +280,24 @@ class PatchDropClassifier(ImageModel):
         share = greedy.to(logits.dtype).mean(1, keepdim=True)
         return share * logits + (1 - share) * lr_logits
 
+    @torch.no_grad()
+    def decide(self, overview: Tensor) -> Tensor:
+        """Return the decisions of an evaluation, also in training.
+
+        Args:
+            overview: Low-resolution views.
+
+        Shape:
+            overview [B, 3, h, w]; returns bool [B, P].
+        """
+        training = self.selector.training
+        self.selector.eval()
+        try:
+            probability = self.selector(overview)[0].sigmoid()
+        finally:
+            self.selector.train(training)
+        return self.force_inactive(self.selector.decide(probability))
+
     def force_inactive(self, actions: Tensor) -> Tensor:
         """Keep the patches that the curriculum has not reached.
 
@@ -345,6 +365,7 @@ class PatchDropClassifier(ImageModel):
             greedy_right,
             sampled_logits.detach(),
             greedy_logits.detach(),
+            overview,
         )
         losses.update(
             greedy_accuracy=greedy_right.float().mean(),
