@@ -161,7 +161,7 @@ def test_windows_follow_from_the_blocks() -> None:
     for side, cells in zip(file["input_size"].tolist(), file["grid_size"].tolist(), strict=True):
         assert trunk.window.grid(side, 300) == (cells, 26)
         if side in (95, 103, 131):
-            assert trunk.map(torch.zeros(1, 3, side, 95)).shape[2] == cells
+            assert trunk.run(torch.zeros(1, 3, side, 95)).shape[2] == cells
     boxes = window_boxes(torch.arange(289)[None], 17, trunk.window)[0]
     assert torch.equal(inclusive(boxes), file["boxes"])
     with pytest.raises(DataError, match="94 x 200 px is smaller than one window of 95"):
@@ -189,7 +189,7 @@ def test_a_cell_sees_exactly_its_window(
         # The gates look at the whole image; without them only the window is left.
         block.se = nn.Identity()
     images = torch.randn(1, 3, *size, requires_grad=True)
-    out = trunk.map(images)
+    out = trunk.run(images)
     assert trunk.window.grid(*size) == tuple(out.shape[2:])
     out[0, :, cell[0], cell[1]].sum().backward()
     touched = images.grad[0].abs().sum(0) > 0

@@ -590,8 +590,9 @@ def test_report_names_every_entry(tmp_path):
 def test_methods_declare_their_converters():
     found = converters()
     assert found["dge"] is converter
-    for module in found.values():
-        assert "ours" in module.LAYOUTS
+    for name, module in found.items():
+        # One changes the size of a checkpoint, all others its layout.
+        assert name == "publish" or "ours" in module.LAYOUTS
         assert callable(module.convert)
 
 
