@@ -3,7 +3,7 @@
     python tools/train.py configs/pwself/linear_cifar10.py --cfg-options load_from=CHECKPOINT
 
 Hardware and hours: 2 CPU cores, about 10 minutes.
-Expected: 30.7 top-1 after 5 of 10 epochs (quick.py with containment, one seed); the end is not measured.
+Expected: 45.5 top-1 for cifar10.py, with model.backbone.arch.depth=4 (one seed, README.md).
 """
 
 _base_ = [
