@@ -26,4 +26,4 @@ python tools/compare.py --out "$out" \
 
 say "drawing what was queried finely"
 python tools/visualize.py granularity test configs/dge/quick.py "$out/dge" --out "$out/granularity.png"
-say "done: $out/comparison.csv, $out/granularity.png"
+say "done: $out/comparison.html, $out/granularity.png; next: python tools/compare.py --quick (all five methods)"
