@@ -1,4 +1,4 @@
-"""Small ViT pre-trained by PW-Self on CIFAR-10 for longer, with views of each image's own and containment matching.
+"""Small ViT pre-trained by PW-Self on CIFAR-10 for longer: each image its own views, containment matching.
 
     python tools/train.py configs/pwself/cifar10.py
     python tools/test.py configs/pwself/cifar10.py work_dirs/pwself/cifar10
