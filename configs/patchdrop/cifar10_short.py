@@ -3,7 +3,7 @@
     python tools/train.py configs/patchdrop/cifar10_short.py
 
 Hardware and hours: 2 CPU cores, about 2 hours when they are free.
-Expected: not finished yet.
+Expected: 86.3 top-1 at 7.3 patches (one seed, docs/runs/patchdrop_cifar10).
 """
 
 stages = [

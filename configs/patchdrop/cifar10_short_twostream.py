@@ -3,7 +3,7 @@
     python tools/train.py configs/patchdrop/cifar10_short_twostream.py
 
 Hardware and hours: 2 CPU cores, 10 minutes.
-Expected: not finished yet.
+Expected: 86.3 top-1 at 7.3 patches (one seed, docs/runs/patchdrop_cifar10).
 """
 
 _base_ = [
