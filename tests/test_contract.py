@@ -105,11 +105,19 @@ def batch(model: nn.Module, side: int, training: bool) -> dict[str, Any]:
     return model.data_preprocessor(dict(inputs=images, data_samples=samples), training)
 
 
+def restart(model: nn.Module) -> nn.Module:
+    """Let parts that draw without a key, as random selectors do, begin again."""
+    for part in model.modules():
+        if hasattr(part, "restart"):
+            part.restart()
+    return model
+
+
 def step(model: nn.Module, side: int) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and losses of one keyed training step."""
     batch_random.begin(seed=5, step=2)
     seed_all(5)
-    losses = model(**batch(model, side, True), mode="loss")
+    losses = restart(model)(**batch(model, side, True), mode="loss")
     loss, _ = model.parse_losses(losses)
     return loss, losses
 
@@ -143,9 +151,9 @@ def test_config_builds_steps_evaluates_saves_and_reloads(leaf: Path, tmp_path: P
     model.eval()
     data = batch(model, side, False)
     with torch.inference_mode():
-        logits = model(data["inputs"])
-        samples = model(**data, mode="predict")
-        selection = model.select(data["inputs"])
+        logits = restart(model)(data["inputs"])
+        samples = restart(model)(**data, mode="predict")
+        selection = restart(model).select(data["inputs"])
     assert logits.shape[0] == 2
     assert torch.isfinite(logits).all()
     for row, sample in zip(logits, samples, strict=True):

@@ -13,8 +13,9 @@ from patchreg.runner.zoo import anchor
 MARKDOWN = sorted(
     path
     for path in ROOT.rglob("*.md")
-    if not {"work_dirs", "data", "build", ".git", "node_modules"}
+    if not {"work_dirs", "data", "build", "node_modules", "site-packages"}
     & set(path.relative_to(ROOT).parts)
+    and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
 )
 NEW = "configs/vivid/"
 """Files that docs/add_a_method.md makes."""

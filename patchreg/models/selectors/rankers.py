@@ -82,7 +82,13 @@ class RandomSelector(PatchRanker):
 
     def __init__(self, patch_size: int, seed: int = 0) -> None:
         super().__init__(patch_size)
-        self.generator = torch.Generator().manual_seed(mix_seed(seed, 0x5E1EC7))
+        self.seed = seed
+        self.generator = torch.Generator()
+        self.restart()
+
+    def restart(self) -> None:
+        """Draw from the beginning again: the same images in the same order get the same ranks."""
+        self.generator.manual_seed(mix_seed(self.seed, 0x5E1EC7))
 
     def score(self, inputs: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return uniform draws.
