@@ -11,10 +11,15 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
+import PIL
 from safetensors import safe_open
 from torch import Tensor
 
 SUFFIX = ".safetensors"
+OLD_PILLOW = int(PIL.__version__.split(".")[0]) < 13
+"""The reference pictures were resized by Pillow 13, which takes the cheaper of its two passes first. Older
+releases take the horizontal one first. Where the order differs so do pixels, by a grey level; by more where
+bicubic weights overshoot, because the first pass clips."""
 _read: dict[tuple[str, str], set[str]] = {}
 
 

@@ -4,6 +4,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/environment.sh
+# A full disk shows as odd failures at the end of the tests, so it is said at the start.
+free=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))
+wanted=$([ -x "${VENV:-.venv}/bin/python" ] && echo 3 || echo 10)
+if [ "$free" -lt "$wanted" ]; then
+    echo "error: $free GB free on this disk; the environment and the tests need $wanted GB" >&2
+    exit 2
+fi
 # CUDA sources must compile wherever there is a compiler for them, GPU or not.
 if command -v nvcc >/dev/null; then
     export PATCHREG_BUILD_CUDA=1

@@ -43,7 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=int, default=128, help="images per timed batch (default 128)"
     )
-    parser.add_argument("--images", type=int, help="test images, from the first (default all)")
+    parser.add_argument(
+        "--images", type=int, help="test images, the same share of each class (default all)"
+    )
     parser.add_argument(
         "--out", default="work_dirs/compare", help="folder of comparison.csv, .png and .html"
     )

@@ -305,9 +305,8 @@ class PatchClassifier(ImageModel):
         head = self.head.macs()
         dense = features.dense_macs + head
         if features.macs is None:
-            return features.tokens.new_full(
-                (len(features.tokens),), dense, dtype=torch.float64
-            ), dense
+            batch = features.tokens.shape[0]
+            return features.tokens.new_full((batch,), dense, dtype=torch.float64), dense
         return features.macs + head, dense
 
     @torch.no_grad()

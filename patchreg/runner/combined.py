@@ -156,9 +156,9 @@ class SelectedClassifier(ImageModel):
         if self.keep is not None:
             mask = top_mask(score, self.keep)
         else:
-            kept = dataclasses.replace(selection, score=selection.keep.float())
+            covered = F.adaptive_avg_pool2d(_looked_at(selection, inputs), grid).flatten(1)
             # An image without a patch would leave a transformer its class token alone.
-            mask = (scores_on_grid(kept, grid) >= 0.5) | top_mask(score, 1)
+            mask = (covered >= 0.5) | top_mask(score, 1)
         return PatchSelection.from_grid(
             image_size=(inputs.shape[2], inputs.shape[3]),
             grid=grid,
@@ -179,16 +179,6 @@ class SelectedClassifier(ImageModel):
             groups.append((rows, kept_cells(selection.keep[rows])))
         return groups
 
-    def _erased(self, inputs: Tensor, selection: PatchSelection) -> Tensor:
-        """Give patches that are not kept the mean colour, which is 0 after preprocessing."""
-        height, width = inputs.shape[2:]
-        if selection.grid is None:
-            mask = _box_mask(selection, (height, width))
-        else:
-            keep = selection.keep.to(inputs.dtype).unflatten(1, (1, *selection.grid))
-            mask = F.interpolate(keep, size=(height, width), mode="nearest")
-        return inputs * mask
-
     def run(self, inputs: Tensor) -> tuple[Tensor, Tensor, float, PatchSelection | None]:
         """Choose and classify.
 
@@ -196,9 +186,8 @@ class SelectedClassifier(ImageModel):
             inputs: Preprocessed images.
 
         Returns:
-            Logits (log-probabilities where the classifier gives probabilities), cost of each image,
-            cost of the classifier on whole images, and what was chosen (None when the classifier asks for
-            some images only).
+            Logits, cost of each image, cost of the classifier on whole images, and what was chosen (None
+            when the classifier asks for some images only).
 
         Shape:
             inputs [B, 3, H, W]; logits [B, K]; cost [B] float64.
@@ -220,7 +209,8 @@ class SelectedClassifier(ImageModel):
             macs = torch.cat([part for _, _, part, _ in found])[place]
             dense = found[0][3]
         else:
-            erased = self._erased(inputs, selection)
+            # The mean colour is 0 after preprocessing.
+            erased = inputs * _looked_at(selection, inputs)
             if getattr(type(self.classifier), "logits", None) is PatchClassifier.logits:
                 features = self.classifier.extract(erased)
                 logits = self.classifier.head(features)
@@ -258,7 +248,7 @@ class SelectedClassifier(ImageModel):
             return self.classifier.loss(inputs, data_samples)
         selection = self.choose(inputs)
         if self.use == "erase":
-            return self.classifier.loss(self._erased(inputs, selection), data_samples)
+            return self.classifier.loss(inputs * _looked_at(selection, inputs), data_samples)
         targets = stack_targets(data_samples, inputs.device)
         losses: dict[str, Tensor] = {}
         for rows, cells in self._cells(selection):
@@ -319,14 +309,8 @@ def _trained(config: Mapping[str, Any]) -> tuple[Any, str | None]:
     return loaded.network, loaded.checkpoint
 
 
-def _box_mask(selection: PatchSelection, size: tuple[int, int]) -> Tensor:
-    """Return 1 inside the boxes that were looked at, and 0 elsewhere: [B, 1, H, W]."""
-    scale = selection.boxes.new_tensor(
-        [size[1] / selection.image_size[1], size[0] / selection.image_size[0]] * 2
-    )
-    x0, y0, x1, y1 = (selection.boxes * scale).unbind(-1)
-    rows = torch.arange(size[0], device=x0.device)
-    columns = torch.arange(size[1], device=x0.device)
-    tall = (rows >= y0[..., None]) & (rows < y1[..., None])
-    wide = (columns >= x0[..., None]) & (columns < x1[..., None])
-    return (tall[..., :, None] & wide[..., None, :]).any(1, keepdim=True).float()
+def _looked_at(selection: PatchSelection, inputs: Tensor) -> Tensor:
+    """Return 1 for pixels inside cells or windows that were kept, else 0: [B, 1, H, W] like the images."""
+    kept = dataclasses.replace(selection, resolution=selection.keep.float())
+    mask = kept.pixel_shares().to(inputs.dtype).unsqueeze(1)
+    return F.interpolate(mask, size=inputs.shape[2:], mode="nearest")

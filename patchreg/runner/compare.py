@@ -221,7 +221,7 @@ def compare(
         entries: At least one entry; all must read the same test set.
         rounds: Timed rounds; in each, every model runs the same batch once.
         batch_size: Images per timed batch.
-        images: Test images, from the first on; None for all.
+        images: Test images, the same share of every class; None for all.
 
     Raises:
         ConfigError: Nothing to compare, or the test sets differ.

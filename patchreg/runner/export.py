@@ -42,6 +42,7 @@ FLIPS = 0.01
 """Share of the decisions (masks, boxes) that rounding may turn."""
 _SIZES = (1, 5)
 """Images in the random batches of the check: a batch of any size has to work."""
+_LARGEST_BATCH = 2**31 - 1
 _REAL = 4
 _ONNX_LIMIT = 2_000_000_000
 """Bytes of weights that fit into one ONNX file."""
@@ -373,7 +374,8 @@ def capture(network: Any, part: Part, images: Tensor) -> torch.export.ExportedPr
         ConfigError: torch.export cannot capture it.
     """
     module = _FromPixels(network, part.module).eval()
-    dynamic = {"images": {0: torch.export.Dim("batch")}}
+    # Without a largest size, torch 2.6 holds the batch against the largest integer and refuses it.
+    dynamic = {"images": {0: torch.export.Dim("batch", max=_LARGEST_BATCH)}}
     with _told_briefly(part.about, "torch.export"), torch.no_grad():
         try:
             captured = torch.export.export(

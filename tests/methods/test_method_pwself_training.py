@@ -300,10 +300,13 @@ def test_views_are_those_of_the_authors(name: str) -> None:
         settings = settings_of(golden, name, view)
         found = transform.view(image, kind.size, box, flip, settings)
         if f"{name}.crop{view}" in golden:
-            assert torch.equal(found, golden[f"{name}.crop{view}"])
+            away = (found.int() - golden[f"{name}.crop{view}"].int()).abs().max()
+            assert away <= (2 if golden_reader.OLD_PILLOW else 0)
         normal = preprocess.normalise([found])[0].flatten(1).double()
-        assert (normal.mean(1) - golden[f"{name}.crop_means"][view]).abs().max() < 1e-5
-        assert (normal.std(1) - golden[f"{name}.crop_stds"][view]).abs().max() < 1e-5
+        # Measured with Pillow 12.3: 2e-4, see OLD_PILLOW.
+        limit = 5e-4 if golden_reader.OLD_PILLOW else 1e-5
+        assert (normal.mean(1) - golden[f"{name}.crop_means"][view]).abs().max() < limit
+        assert (normal.std(1) - golden[f"{name}.crop_stds"][view]).abs().max() < limit
         # The same on a batch of tensors.
         transform.photometry = "device"
         plain = transform.view(image, kind.size, box, flip, [])

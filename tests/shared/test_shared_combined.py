@@ -103,6 +103,30 @@ def test_erased_patches_get_the_mean_colour() -> None:
     assert samples[0].macs == samples[0].dense_macs
 
 
+class Windows(torch.nn.Module):
+    """One window of 8 x 8 px out of nine that overlap, as a localiser gives it."""
+
+    def select(self, inputs: torch.Tensor) -> PatchSelection:
+        keep = torch.zeros(len(inputs), 9, dtype=torch.bool)
+        keep[:, 5] = True
+        box = torch.tensor([8.0, 4, 16, 12]).expand(len(inputs), 1, 4)
+        order = torch.full((len(inputs), 1), 5)
+        return PatchSelection((16, 16), (3, 3), keep.float(), keep, keep.float(), order, box)
+
+
+@torch.no_grad()
+def test_windows_that_overlap_are_taken_where_they_lie() -> None:
+    inputs = images()
+    seen = torch.zeros_like(inputs)
+    seen[:, :, 4:12, 8:16] = inputs[:, :, 4:12, 8:16]
+    erasing, dropping = build(use="erase"), build(use="drop")
+    for model in (erasing, dropping):
+        model._ranker.module = Windows()
+    assert torch.equal(erasing(inputs), erasing.classifier(seen))
+    cells = torch.tensor([[6, 7, 10, 11]] * 3)
+    assert torch.equal(dropping(inputs), dropping.classifier.classify_kept(inputs, cells)[0])
+
+
 @torch.no_grad()
 def test_a_selector_sees_images_as_it_was_trained() -> None:
     ours = dict(mean=(0.0,) * 3, std=(1.0,) * 3)

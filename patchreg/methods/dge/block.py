@@ -404,6 +404,9 @@ class DGEBlock(nn.Module):
             tokens.dtype
         )
         changed = drop_path(self.mlp(self.norm2(tokens + attended)), second, self.drop_path_rate)
+        if torch.compiler.is_compiling():
+            # A captured graph places its memory itself, and torch 2.6 refuses the form below in one.
+            return attended + changed
         # Nothing else reads it, and fresh memory is dear on a CPU.
         return attended.add_(changed)
 

@@ -126,8 +126,9 @@ def mask_patches(
         cells = cell_size((height, width), grid)
         # A mask of one pixel row per row of cells: it stays in the cache, which one of the image's
         # size does not, and whole pixel rows are multiplied at once.
-        blocks = images.reshape(len(images), -1, rows, cells[0], width)
-        kept = actions.to(images.dtype).reshape(-1, 1, rows, 1, columns)
+        batch = images.shape[0]
+        blocks = images.reshape(batch, -1, rows, cells[0], width)
+        kept = actions.to(images.dtype).reshape(batch, 1, rows, 1, columns)
         return (blocks * kept.repeat_interleave(cells[1], dim=4)).reshape(images.shape)
     mask = expand_actions(actions.to(images.dtype), (height, width), grid, patch_size)
     if fill is None:

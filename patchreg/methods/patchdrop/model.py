@@ -293,10 +293,15 @@ class PatchDropClassifier(ImageModel):
         training = self.selector.training
         self.selector.eval()
         try:
-            probability = self.selector(overview)[0].sigmoid()
+            return self._policy(overview)[1]
         finally:
             self.selector.train(training)
-        return self.force_inactive(self.selector.decide(probability))
+
+    def _policy(self, overview: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return the probability of keeping each patch, the decisions, and the cost of an image."""
+        logits, macs = self.selector(overview)
+        probability = logits.sigmoid()
+        return probability, self.force_inactive(self.selector.decide(probability)), macs
 
     def force_inactive(self, actions: Tensor) -> Tensor:
         """Keep the patches that the curriculum has not reached.
@@ -412,9 +417,7 @@ class PatchDropClassifier(ImageModel):
             inputs [B, 3, H, W].
         """
         overview = self.overview(inputs)
-        logits, policy_macs = self.selector(overview)
-        probability = logits.sigmoid()
-        actions = self.force_inactive(self.selector.decide(probability))
+        probability, actions, policy_macs = self._policy(overview)
         found, macs, dense = self.classify(inputs, actions.to(inputs.dtype), overview)
         macs = macs + policy_macs
         if self.lr_classifier is not None:
@@ -493,11 +496,11 @@ class PatchDropClassifier(ImageModel):
         Shape:
             inputs [B, 3, H, W].
         """
-        logits, macs = self.selector(self.overview(inputs))
-        probability = logits.sigmoid()
-        actions = self.force_inactive(self.selector.decide(probability))
-        spent = logits.new_full((len(inputs),), macs, dtype=torch.float64)
-        return self._selection(inputs, PatchDropOutput(logits, probability, actions, spent, macs))
+        probability, actions, macs = self._policy(self.overview(inputs))
+        spent = probability.new_full((len(inputs),), macs, dtype=torch.float64)
+        # The probabilities stand in for class logits, which nobody asks for here.
+        found = PatchDropOutput(probability, probability, actions, spent, macs)
+        return self._selection(inputs, found)
 
     def _selection(self, inputs: Tensor, out: PatchDropOutput) -> PatchSelection:
         """Put decisions into the common vocabulary."""

@@ -210,8 +210,8 @@ class ThinCIFARResNetBackbone(_ConvBackbone):
             images [B, 3, H, W]; returns [B, 4 * base_channels, H / 4, W / 4].
         """
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
-        for index in range(3 * self.per_segment):
-            segment, number = divmod(index, self.per_segment)
-            skip = self.shortcut(x) if segment and not number else x
-            x = F.relu(self.get_submodule(f"blocks.{segment}.{number}")(x).add_(skip), inplace=True)
+        for segment, blocks in enumerate(self.blocks):
+            for number, block in enumerate(blocks.children()):
+                skip = self.shortcut(x) if segment and not number else x
+                x = F.relu(block(x).add_(skip), inplace=True)
         return x
