@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import re
 import shlex
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -92,6 +93,24 @@ def test_shipped_models_compare(found: Comparison) -> None:
     assert len(found.looks) == len(found.rows)
     assert found.images.shape == (8, 32, 32, 3)
     assert any(row.best for row in found.rows)
+
+
+@pytest.mark.parametrize("label", ["DGE", "AnchorNet", "random + ViT"])
+def test_the_command_of_a_row_gives_the_row(
+    found: Comparison, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = next(row for row in found.rows if row.label == label)
+    words = shlex.split(row.command)
+    assert words[-6:] == ["--rounds", "1", "--batch-size", "8", "--images", "64"]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [*words[1:], "--out", str(tmp_path)])
+    tool().main()
+    with (tmp_path / "comparison.csv").open() as file:
+        (again,) = csv.DictReader(file)
+    # Seeds reach random choices too, so all figures but the times are the same.
+    assert float(again["top1"]) == pytest.approx(row.top1)
+    assert float(again["macs"]) == pytest.approx(row.macs)
+    assert float(again["seen"]) == pytest.approx(row.seen)
 
 
 def test_page_holds_the_figures_and_pictures(found: Comparison, tmp_path: Path) -> None:

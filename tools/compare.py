@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from patchreg.runner.compare import Entry, compare, declared, table, write_csv
+from patchreg.runner.compare import BATCH, ROUNDS, Entry, compare, declared, table, write_csv
 from patchreg.runner.report import write_report
 from patchreg.utils.errors import ConfigError, run_tool
 
@@ -39,9 +39,11 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="the models whose configs say compare=dict(...), with the checkpoints that come along",
     )
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
     parser.add_argument(
-        "--batch-size", type=int, default=128, help="images per timed batch (default 128)"
+        "--rounds", type=int, default=ROUNDS, help=f"timed rounds (default {ROUNDS})"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=BATCH, help=f"images per timed batch (default {BATCH})"
     )
     parser.add_argument(
         "--images", type=int, help="test images, the same share of each class (default all)"

@@ -25,6 +25,8 @@ from patchreg.utils.errors import ConfigError
 
 BUDGET = "budget"
 """Knob of models that have `set_budget`: mean multiply-accumulates per image."""
+ROUNDS, BATCH = 15, 128
+"""Timed rounds, and images of the batch that is timed, unless told otherwise."""
 SEEN = 512
 """Images of which the sampled pixels are measured."""
 SHOWN = 8
@@ -211,8 +213,8 @@ def _load(entry: Entry) -> tuple[Any, Any]:
 
 def compare(
     entries: Sequence[Entry],
-    rounds: int = 15,
-    batch_size: int = 128,
+    rounds: int = ROUNDS,
+    batch_size: int = BATCH,
     images: int | None = None,
 ) -> Comparison:
     """Evaluate all entries on the test set of the first one and time them in turn.
@@ -229,6 +231,15 @@ def compare(
     for name, value in (("rounds", rounds), ("batch size", batch_size), ("images", images)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value}: expected at least 1")
+    settings = [
+        f"--{name} {value}"
+        for name, value, usual in (
+            ("rounds", rounds, ROUNDS),
+            ("batch-size", batch_size, BATCH),
+            ("images", images, None),
+        )
+        if value != usual
+    ]
     points = [point for entry in entries for point in entry.points()]
     if not points:
         raise ConfigError("nothing to compare: name at least one run")
@@ -282,7 +293,7 @@ def compare(
             seen=float(torch.cat(seen[index]).mean()),
             images_per_second=times[index][0] / statistics.median(times[index][1]),
             speed=statistics.median(a / b for a, b in zip(times[0][1], times[index][1])),
-            command=point.command(),
+            command=" ".join([point.command(), *settings]),
         )
         for earlier in range(index):
             other = points[earlier]
