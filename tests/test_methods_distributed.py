@@ -10,9 +10,10 @@ from typing import Any
 
 import ddp_parts
 import pytest
-from test_sharding import pairs_of
+from test_sharding import needs_shards, pairs_of
 
 from patchreg.runner.build import latest_checkpoint
+from patchreg.runner.sharding import SHARDS_ON_CPUS
 from patchreg.utils.weights import load_file
 
 pytestmark = pytest.mark.ddp
@@ -156,10 +157,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return dict(path=paths[name], work_dir=str(folder / form / name), options=options)
 
     two = [job("two", name) for name in RUNS]
-    for name in SHARDED:
-        two.append(job("shards", name, model_wrapper_cfg=wrapper_of(name)))
-    again = job("again", "patchgame", model_wrapper_cfg=wrapper_of("patchgame"))
-    two.append({**again, "resume": str(folder / "shards/patchgame/epoch_1.pth")})
+    if SHARDS_ON_CPUS:
+        for name in SHARDED:
+            two.append(job("shards", name, model_wrapper_cfg=wrapper_of(name)))
+        again = job("again", "patchgame", model_wrapper_cfg=wrapper_of("patchgame"))
+        two.append({**again, "resume": str(folder / "shards/patchgame/epoch_1.pth")})
     one = [job("one", name) for name in RUNS]
     assert set(ddp_parts.run_two(folder, two, lambda: ddp_parts.run(one))) == {0}
     return folder
@@ -181,11 +183,13 @@ def test_two_processes_compute_what_one_does(runs: Path, name: str) -> None:
     assert difference(runs / "two" / name, runs / "one" / name) < 1e-8
 
 
+@needs_shards
 @pytest.mark.parametrize("name", SHARDED)
 def test_shards_compute_what_whole_copies_do(runs: Path, name: str) -> None:
     assert difference(runs / "shards" / name, runs / "two" / name) < 1e-8
 
 
+@needs_shards
 def test_a_parameter_without_dimensions_is_resumed(runs: Path, tmp_path: Path) -> None:
     """The scale of PatchGame's logits: whole in the checkpoint, whoever continues it."""
     start = runs / "shards/patchgame/epoch_1.pth"

@@ -20,6 +20,9 @@ from patchreg.utils.errors import ConfigError, did_you_mean
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+SHARDS_ON_CPUS = hasattr(torch.cpu.current_stream(), "record_event")
+"""Whether this torch has what `fully_shard` asks of a device's streams on CPUs too: from 2.7 on."""
+
 
 def child_lists(
     model: nn.Module, names: Sequence[str] | str, key: str
@@ -70,7 +73,8 @@ class FullyShardedWrapper:
             gathering.
 
     Raises:
-        ConfigError: The run has one process only, torch is too old, or a name or type is unknown.
+        ConfigError: The run has one process only, torch is too old (on CPUs before 2.7), or a name or type is
+            unknown.
     """
 
     def __new__(  # type: ignore[misc]
@@ -88,6 +92,11 @@ class FullyShardedWrapper:
                 f"model_wrapper_cfg.type 'FullyShardedWrapper' does not work with torch {torch.__version__}: "
                 f"{error}; leave it out to train data parallel"
             ) from error
+        if get_device() == "cpu" and not SHARDS_ON_CPUS:
+            raise ConfigError(
+                f"torch {torch.__version__} shards models on GPUs only: on CPUs it takes torch >= 2.7. Leave "
+                "out model_wrapper_cfg to train data parallel"
+            )
         if dtype is not None and dtype not in _DTYPES:
             raise ConfigError(
                 f"model_wrapper_cfg.dtype '{dtype}': expected one of {', '.join(_DTYPES)}"
