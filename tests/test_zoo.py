@@ -9,8 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from mmengine.registry import init_default_scope
 
+from patchreg.registry import MODELS
 from patchreg.runner import zoo
+from patchreg.runner.build import load_config
+from patchreg.runner.rehearsal import (
+    black_images,
+    image_side,
+    model_spec,
+    side_of,
+)
 from patchreg.utils.errors import run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,3 +198,26 @@ def test_the_table_of_this_tree_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_metafiles_of_this_tree_agree_with_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     zoo.check_metafiles()
+
+
+def test_told_costs_are_those_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classifiers of moderate size, at the size of the images that reach them."""
+    checked = 0
+    monkeypatch.chdir(ROOT)
+    for path, entry in zoo.metafiles().items():
+        config = load_config(path, moved={"work_dirs": "work_dirs"})
+        told = (entry.get("Metadata") or {}).get("Dense MACs")
+        if told is None or "stages" in config:
+            continue
+        init_default_scope("patchreg")
+        model = zoo._model(config)
+        images = black_images(model, 1, side_of(model, image_side(config)))
+        if not (hasattr(model, "extract") and hasattr(model, "cost")):
+            continue
+        if images[0, 0].numel() * sum(value.numel() for value in model.parameters()) > 1e11:
+            continue
+        model = MODELS.build(model_spec(config)).eval()
+        with torch.inference_mode():
+            assert model.cost(model.extract(images))[1] == told, path
+        checked += 1
+    assert checked >= 20

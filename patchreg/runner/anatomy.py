@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchreg.registry import MODELS
 from patchreg.runner.build import load_config
-from patchreg.runner.rehearsal import image_side, model_spec, side_of, without_data
+from patchreg.runner.rehearsal import black_images, image_side, model_spec, side_of, without_data
 from patchreg.utils.errors import UserError
 
 _DEPTH = 3
@@ -199,16 +199,17 @@ _Run = tuple[nn.Module, int, dict[str, str], dict[str, float], str]
 def _run_fake(spec: dict[str, Any], side: int) -> _Run:
     with without_data():
         model = MODELS.build(spec).eval()
-        side = side_of(model, side)
-        shapes, macs = _forward(model, torch.zeros(1, 3, side, side))
-    return model, side, shapes, macs, ""
+        image = black_images(model, 1, side_of(model, side))
+        shapes, macs = _forward(model, image)
+    return model, image.shape[-1], shapes, macs, ""
 
 
 def _run_real(spec: dict[str, Any], side: int) -> _Run:
     model = MODELS.build(spec).eval()
-    side = side_of(model, side)
+    image = black_images(model, 1, side_of(model, side))
+    side = image.shape[-1]
     try:
-        shapes, macs = _forward(model, torch.zeros(1, 3, side, side))
+        shapes, macs = _forward(model, image)
     except UserError:
         raise
     except Exception as error:

@@ -78,6 +78,22 @@ def side_of(model: nn.Module, side: int) -> int:
     return max(side, getattr(model, "min_image_size", 0))
 
 
+def black_images(model: nn.Module, count: int, side: int) -> Tensor:
+    """Return black images as a model gets them: its preprocessor's view of them, where it takes one.
+
+    Args:
+        model: The model.
+        count: Images.
+        side: Their side in px, before the view.
+
+    Shape:
+        Returns [count, 3, H, W].
+    """
+    images = torch.zeros(count, 3, side, side)
+    view = getattr(getattr(model, "data_preprocessor", None), "view", None)
+    return images if view is None else view(images)
+
+
 @contextmanager
 def without_data() -> Iterator[None]:
     """Make new tensors without memory and values, on the meta device, and leave weights as they come.
@@ -128,7 +144,7 @@ def rehearse(config: Config) -> None:
 
     def evaluate(model: nn.Module) -> None:
         model.eval()
-        model(torch.zeros(1, 3, side, side))
+        model(black_images(model, 1, side))
 
     _try(evaluate, model, spec, must_end=True)
     if config.get("train_cfg") is None:
@@ -143,7 +159,7 @@ def rehearse(config: Config) -> None:
             model(**black, mode="loss")
             return
         labels = [BaseDataElement(gt_label=torch.zeros(1, dtype=torch.long)) for _ in range(_BATCH)]
-        model(torch.zeros(_BATCH, 3, side, side), labels, mode="loss")
+        model(black_images(model, _BATCH, side), labels, mode="loss")
 
     _try(train, model, spec, must_end=False)
 
