@@ -84,7 +84,10 @@ def spawn(function: Any, world: int, *arguments: Any) -> None:
     """Run a function in several processes."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
-            function, args=(world, f"{folder}/group", *arguments), nprocs=world, start_method="fork"
+            function,
+            args=(world, f"{folder}/group", *arguments),
+            nprocs=world,
+            start_method="spawn",
         )
 
 
@@ -154,7 +157,7 @@ def test_processes_compute_what_one_does_and_the_bottleneck_suffices(world: int)
         place = f"{folder}/group"
         for gather in ("detached", "full"):
             torch.save(_loss_and_gradients(gather, False, slice(0, 6)), f"{place}.{gather}")
-        mp.start_processes(_equal_rank, args=(world, place), nprocs=world, start_method="fork")
+        mp.start_processes(_equal_rank, args=(world, place), nprocs=world, start_method="spawn")
 
 
 def _model_rank(rank: int, world: int, place: str) -> None:
@@ -193,7 +196,7 @@ def test_two_processes_get_the_gradients_of_one() -> None:
         place = f"{folder}/group"
         torch.save(views, f"{place}.views")
         torch.save(grads, f"{place}.expected")
-        mp.start_processes(_model_rank, args=(2, place), nprocs=2, start_method="fork")
+        mp.start_processes(_model_rank, args=(2, place), nprocs=2, start_method="spawn")
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
