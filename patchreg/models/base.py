@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.model import BaseModel
@@ -188,6 +188,20 @@ class ImageModel(BaseModel):
         """
         raise NotImplementedError
 
+    def classify_all(self, inputs: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return logits of whole images, the cost of each image, and that of the dense twin.
+
+        Models whose logits and cost come from one pass say so by overriding this.
+
+        Args:
+            inputs: Preprocessed images.
+
+        Shape:
+            inputs [B, 3, H, W]; returns [B, K], float64 [B] and a number.
+        """
+        chosen = cast(Any, self).select(inputs)
+        return self.logits(inputs), chosen.macs, chosen.dense_macs
+
 
 @MODELS.register_module()
 class PatchClassifier(ImageModel):
@@ -232,6 +246,18 @@ class PatchClassifier(ImageModel):
             inputs [B, 3, H, W].
         """
         return self.backbone(inputs)
+
+    def classify_all(self, inputs: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return logits of whole images, the cost of each image, and that of the dense twin.
+
+        Args:
+            inputs: Preprocessed images.
+
+        Shape:
+            inputs [B, 3, H, W]; returns [B, K], float64 [B] and a number.
+        """
+        features = self.extract(inputs)
+        return self.head(features), *self.cost(features)
 
     def classify_kept(self, inputs: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, float]:
         """Return logits from some patches only, the cost of each image, and that of a whole one.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchreg.models.base import ImageModel, PatchClassifier, fill_predictions, stack_targets
+from patchreg.models.base import ImageModel, fill_predictions, stack_targets
 from patchreg.models.layers import kept_cells
 from patchreg.models.selectors.rank import top_mask
 from patchreg.models.selectors.rankers import patch_sides, scores_on_grid
@@ -211,14 +211,7 @@ class SelectedClassifier(ImageModel):
         else:
             # The mean colour is 0 after preprocessing.
             erased = inputs * _looked_at(selection, inputs)
-            if getattr(type(self.classifier), "logits", None) is PatchClassifier.logits:
-                features = self.classifier.extract(erased)
-                logits = self.classifier.head(features)
-                macs, dense = self.classifier.cost(features)
-            else:
-                logits = self.classifier(erased)
-                chosen = self.classifier.select(erased)
-                macs, dense = chosen.macs, chosen.dense_macs
+            logits, macs, dense = self.classifier.classify_all(erased)
         if selection.macs is not None:
             macs = macs + selection.macs.to(macs)
         return logits, macs, dense, selection

@@ -500,6 +500,19 @@ class AnchorNetPatchClassifier(AnchorNetViewClassifier):
             dense_macs=self.view_macs(size),
         )
 
+    def classify_all(self, inputs: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return the mean logits over the views, the cost of each image, and that of a whole one.
+
+        Args:
+            inputs: Preprocessed images.
+
+        Shape:
+            inputs [B, 3, H, W]; returns [B, C], float64 [B] and a number.
+        """
+        features = self.extract(inputs)
+        assert features.macs is not None
+        return features.tokens[:, 0], features.macs, features.dense_macs
+
     def logits(self, inputs: Tensor) -> Tensor:
         """Classify images by the mean over their views.
 
@@ -509,7 +522,7 @@ class AnchorNetPatchClassifier(AnchorNetViewClassifier):
         Shape:
             inputs [B, 3, H, W]; returns [B, C].
         """
-        return self.extract(inputs).tokens[:, 0]
+        return self.classify_all(inputs)[0]
 
     def predict(self, inputs: Tensor, data_samples: list[Any] | None = None) -> list[Any]:
         """Fill in predictions and cost of a batch.
@@ -524,11 +537,7 @@ class AnchorNetPatchClassifier(AnchorNetViewClassifier):
         Raises:
             DataError: There are no samples to fill.
         """
-        features = self.extract(inputs)
-        assert features.macs is not None
-        return fill_predictions(
-            data_samples, features.tokens[:, 0], features.macs, features.dense_macs
-        )
+        return fill_predictions(data_samples, *self.classify_all(inputs))
 
     @torch.no_grad()
     def select(self, inputs: Tensor) -> PatchSelection:

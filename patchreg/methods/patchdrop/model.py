@@ -238,6 +238,18 @@ class PatchDropClassifier(ImageModel):
         """
         return self.run(inputs).logits
 
+    def classify_all(self, inputs: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return logits, the cost of each image, and that of the classifier on a whole one.
+
+        Args:
+            inputs: Preprocessed images.
+
+        Shape:
+            inputs [B, 3, H, W]; returns [B, K], float64 [B] and a number.
+        """
+        out = self.run(inputs)
+        return out.logits, out.macs, out.dense_macs
+
     def classify(
         self, images: Tensor, actions: Tensor, overview: Tensor
     ) -> tuple[Tensor, Tensor, float]:
