@@ -178,6 +178,8 @@ def row_plan(
             raise ValueError(
                 f"total is {total}; expected the number of rows. Pass None to have it counted."
             )
+        elif total and not len(choice):
+            raise ValueError(f"total is {total}, but a batch without images makes no rows.")
         if _debugs(choice) and not padded:
             lengths = row_lengths(choice, splits, height, width, extra)
             reference.check_total(lengths, total)

@@ -76,6 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # Float32 tolerances: TF32 keeps 10 bits of an operand.
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

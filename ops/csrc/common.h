@@ -172,6 +172,8 @@ inline void check_logits(const at::Tensor& logits, const Splits& splits) {
 // Row numbers are kept as 32-bit offsets for attention kernels.
 inline void check_rows(int64_t total, int64_t tokens) {
   TORCH_CHECK_VALUE(total >= 0, "total is ", total, "; expected the number of rows");
+  TORCH_CHECK_VALUE(total == 0 || tokens > 0, "total is ", total,
+                    ", but a batch without images makes no rows.");
   TORCH_CHECK_VALUE(total <= INT32_MAX && tokens <= INT32_MAX, "a batch of ", tokens,
                     " tokens is too large for one plan; use smaller batches");
 }

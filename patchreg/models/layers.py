@@ -67,6 +67,20 @@ class PatchEmbed(nn.Module):
         return self.norm(tokens), (features.shape[2], features.shape[3])
 
 
+def hidden_width(dims: int, ratio: float) -> int:
+    """Return the width of an MLP between its layers.
+
+    The product is cut off as in timm, unless it misses a whole number by rounding only: a ratio that
+    was read off two widths (120 / 88) gives the width back.
+
+    Args:
+        dims: Channels C.
+        ratio: Width of the MLP relative to C.
+    """
+    width = dims * ratio
+    return round(width) if abs(width - round(width)) < 1e-6 else int(width)
+
+
 class Mlp(nn.Module):
     """Two linear layers with exact (erf) GELU between them.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from patchreg.models.backbones.vit import VisionTransformerBackbone
 from patchreg.models.base import PatchClassifier, TokenFeatures
+from patchreg.models.layers import hidden_width
 from patchreg.registry import MODELS
 from patchreg.structures import PatchSelection
 from patchreg.utils.errors import ConfigError
@@ -81,7 +82,7 @@ def merged_macs(model: Any, grid: tuple[int, int], counts: Sequence[int]) -> flo
         counts: Tokens that each block merges.
     """
     dims, heads = model.embed_dims, model.num_heads
-    hidden = int(dims * model.mlp_ratio)
+    hidden = hidden_width(dims, model.mlp_ratio)
     cells = grid[0] * grid[1]
     tokens = model.extra + cells
     macs = model.patch_embed.proj.weight[0].numel() * dims * cells

@@ -27,12 +27,16 @@ def rows_of(counts: list[int], device: str = "cpu") -> PackedRows:
 
 
 def drawn(
-    counts: list[int], dtype: torch.dtype = torch.float64, device: str = "cpu"
+    counts: list[int],
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    keys: int = KEYS,
+    width: int = WIDTH,
 ) -> list[Tensor]:
     """Queries, keys and values, the latter two in the memory layout of the model."""
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(sum(counts), HEADS, WIDTH, generator=generator, dtype=torch.float64)
-    pair = torch.randn(len(counts), KEYS, 2, HEADS, WIDTH, generator=generator, dtype=torch.float64)
+    query = torch.randn(sum(counts), HEADS, width, generator=generator, dtype=torch.float64)
+    pair = torch.randn(len(counts), keys, 2, HEADS, width, generator=generator, dtype=torch.float64)
     query, pair = (value.to(device, dtype).requires_grad_() for value in (query, pair))
     return [query, *pair.permute(2, 0, 3, 1, 4).unbind(0)]
 
@@ -73,8 +77,10 @@ def test_varlen_hands_the_kernel_packed_rows_without_copying_keys(monkeypatch):
     query, key, value = drawn(counts)
     calls = []
 
-    def kernel(q, k, v, ends_q, ends_k, longest_q, longest_k):
+    def kernel(q, k, v, ends_q, ends_k, longest_q, longest_k, window_size):
         calls.append((k, v))
+        # Every query sees every key, also where there are more queries than keys.
+        assert min(window_size) >= max(longest_q, longest_k)
         assert ends_q.dtype == ends_k.dtype == torch.int32
         assert ends_q.tolist() == [0, 4, 4, 11]
         assert ends_k.tolist() == [0, 10, 20, 30]
@@ -90,14 +96,22 @@ def test_varlen_hands_the_kernel_packed_rows_without_copying_keys(monkeypatch):
     monkeypatch.setattr(attention, "_varlen_lack", lambda query: "")
     found = packed_attention(query, key, value, rows_of(counts), "varlen")
     assert error(found, by_hand(query, key, value, counts)) < 1e-12
+    without = lambda q, k, v, eq, ek, lq, lk: kernel(q, k, v, eq, ek, lq, lk, (KEYS, KEYS))  # noqa: E731
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: without)  # As in its first release.
+    assert torch.equal(packed_attention(query, key, value, rows_of(counts), "varlen"), found)
     assert calls[0][0].data_ptr() == key.data_ptr()
     assert calls[0][1].data_ptr() == value.data_ptr()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_varlen_equals_padded(counts):
-    inputs = drawn(counts, torch.bfloat16, "cuda")
+@pytest.mark.parametrize(
+    ("counts", "keys", "width"),
+    # The last ones are large enough for what PyTorch would hand over to cuDNN.
+    [*((counts, KEYS, WIDTH) for counts in COUNTS), ([200, 26], 257, 64), ([300, 9], 49, 160)],
+    ids=str,
+)
+def test_varlen_equals_padded(counts, keys, width):
+    inputs = drawn(counts, torch.bfloat16, "cuda", keys, width)
     rows = rows_of(counts, "cuda")
     found = packed_attention(*inputs, rows, "varlen")
     expected = packed_attention(*inputs, rows, "padded")

@@ -136,6 +136,12 @@ def test_a_budget_is_no_part_of_training_or_of_a_checkpoint(batches) -> None:
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert sum(1 for _ in model.buffers()) == sum(1 for _ in lively().buffers())
+    # It moves along with the weights, in its own type.
+    shift = model.backbone.blocks[0].dge.router.offset
+    assert model.half().backbone.blocks[0].dge.router.offset.dtype == shift.dtype
+    assert model.to("meta").backbone.blocks[0].dge.router.offset.device.type == "meta"
+    model = lively(drop_path_rate=0.0)
+    calibrate_budget(model, batches, 0.5)
     model.eval().shift_routers(None)
     with torch.no_grad():
         assert torch.equal(model(batches[0]), lively(drop_path_rate=0.0)(batches[0]))

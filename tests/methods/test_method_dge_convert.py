@@ -127,6 +127,18 @@ def test_published_models_go_round_bit_exact(name, entries):
     assert back["epoch"] == 7
 
 
+@pytest.mark.parametrize(("dims", "hidden"), [(88, 120), (88, 240), (168, 408), (24, 48)])
+def test_hidden_width_survives_its_ratio(dims, hidden):
+    # 88 * (120 / 88) is a little less than 120.
+    model = classifier(dims=dims, heads=2, mlp_ratio=hidden / dims)
+    assert model.backbone.blocks[0].mlp.fc1.out_features == hidden
+    state = to_official(model.state_dict())
+    ours, report = convert(dict(model=state), "x.pth", "ours")
+    again = from_report(report, num_heads=2)
+    again.load_state_dict(ours["state_dict"])
+    same(to_official(again.state_dict()), state)
+
+
 def test_golden_model_goes_through_files_bit_exact(tmp_path):
     golden = load("dge", "model_deit_dge")
     state = golden.group("sd")

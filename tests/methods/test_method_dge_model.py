@@ -415,6 +415,13 @@ def test_distilled_model_returns_both_logits_in_training_and_their_mean_in_evalu
     loss = model.loss(batch, samples(soft_targets()), batch_noise(model))["loss_cls"]
     loss.backward()
     assert model.head.head_dist.weight.grad is None
+    # Officially the second classifier and the layer before the first one cost nothing.
+    static = model.eval().extract(batch).routing.static
+    model.head.macs = lambda: 0.0
+    without = model.extract(batch).routing.static
+    assert static("corrected") - without("corrected") == 2 * 24 * 10
+    assert static("upstream") == without("upstream")
+    assert static("upstream") - model.backbone(batch).routing.static("upstream") == 24 * 10
     keys = set(to_official(model.state_dict()))
     assert {"dist_token", "head_dist.weight", "head_dist.bias", "head.weight"} <= keys
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from mmengine.registry import init_default_scope
-from mmpretrain.structures import DataSample
 
 from patchreg import benchmarks
 from patchreg.models.base import TokenFeatures
@@ -21,6 +20,9 @@ from patchreg.registry import MODELS
 from patchreg.runner.run import evaluate, train
 from patchreg.utils.errors import CheckpointError, ConfigError
 
+DataSample = pytest.importorskip(
+    "mmpretrain.structures", reason="pip install mmpretrain"
+).DataSample
 ARCH = dict(embed_dims=16, depth=2, num_heads=2)
 VIT = dict(type="VisionTransformerBackbone", arch=ARCH, img_size=32, patch_size=8)
 

@@ -553,6 +553,8 @@ def test_bad_padding():
         ops.row_plan(choice, (4, 2, 1), 8, 8, 1, padded=True)
     with pytest.raises(ValueError, match="total is 0"):
         ops.row_plan(choice, (4, 2, 1), 8, 8, 1, total=0, padded=True)
+    with pytest.raises(ValueError, match="total is 1, but a batch without images makes no rows"):
+        ops.row_plan(choice[:0], (4, 2, 1), 8, 8, 1, total=1, padded=True)
 
 
 def test_bad_grid():

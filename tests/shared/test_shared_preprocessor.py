@@ -7,11 +7,14 @@ import torch
 from golden_reader import load
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmpretrain.structures import DataSample
 
 from patchreg.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 from patchreg.utils.errors import ConfigError, DataError, InputTypeError
 from patchreg.utils.random import batch_random
+
+DataSample = pytest.importorskip(
+    "mmpretrain.structures", reason="pip install mmpretrain"
+).DataSample
 
 
 def build(**arguments):

@@ -8,6 +8,7 @@ Letters: B images, h heads, d channels of a head, M keys, L packed queries of th
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -142,6 +143,13 @@ def varlen_kernel() -> Any:
     return varlen_attn
 
 
+@torch.compiler.assume_constant_result
+@cache
+def _takes_window(kernel: Any) -> bool:
+    """Whether the kernel knows windows; in its first release it does not."""
+    return "window_size" in inspect.signature(kernel).parameters
+
+
 def _varlen_lack(query: Tensor) -> str:
     """Return what keeps these queries from `varlen`, or nothing."""
     if query.device.type != "cuda":
@@ -207,12 +215,19 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tens
             "fastest one that works"
         )
     batch, _, keys, _ = key.shape
-    if not len(query):
-        return query.flatten(1)
+    if not torch.compiler.is_compiling() and not len(query):
+        return query.flatten(1)  # A compiler does not know the rows, and the kernel takes none too.
     steps = _key_starts(batch, keys, key.device)
     # Keys lie [B, M, ..., h, d] in memory, so packing them copies nothing.
     packed_key, packed_value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (key, value))
-    out = varlen_kernel()(query, packed_key, packed_value, rows.starts(), steps, rows.longest, keys)
+    # A window that holds every key is none, and keeps torch >= 2.11 away from cuDNN, which builds
+    # its plan anew (tens of milliseconds) whenever the number of rows or the longest image changes.
+    reach = max(keys, rows.longest)
+    kernel = varlen_kernel()
+    window = {"window_size": (reach, reach)} if _takes_window(kernel) else {}
+    out = kernel(
+        query, packed_key, packed_value, rows.starts(), steps, rows.longest, keys, **window
+    )
     return out.flatten(1)
 
 

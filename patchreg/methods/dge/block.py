@@ -29,7 +29,7 @@ from patchreg.methods.dge.attention import PackedRows, check_backend, packed_att
 from patchreg.methods.dge.cost import BlockCost, BlockRouting, query_table
 from patchreg.methods.dge.router import DynamicGrainedEncoder, region_mean
 from patchreg.models.backbones.pvt import SpatialReductionAttention
-from patchreg.models.layers import Mlp, drop_path
+from patchreg.models.layers import Mlp, drop_path, hidden_width
 
 
 def needs_gradient(module: nn.Module, x: Tensor) -> bool:
@@ -62,7 +62,8 @@ class HostCopy:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            # The copy runs on the stream of its own device, which need not be the current one.
+            self._event.record(torch.cuda.current_stream(tensor.device))
 
     def counts(self, tokens: int) -> tuple[list[int], int, int]:
         """Return the queries of every image, of all together and of the largest image.
@@ -179,7 +180,7 @@ class DGEBlock(nn.Module):
         self.attn = DGEAttention(dims, num_heads, qkv_bias, drop_rate, sr_ratio)
         self.attn.backend = check_backend(attention_backend)
         self.norm2 = nn.LayerNorm(dims, eps=norm_eps)
-        self.mlp = Mlp(dims, int(dims * mlp_ratio), drop_rate)
+        self.mlp = Mlp(dims, hidden_width(dims, mlp_ratio), drop_rate)
         self.dge = DynamicGrainedEncoder(dims, splits)
 
     def cost(self, tokens: int, routed: bool = True) -> BlockCost:

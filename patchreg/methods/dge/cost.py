@@ -201,14 +201,15 @@ class Routing:
     blocks: list[BlockRouting] = field(default_factory=list)
     constants: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ACCOUNTINGS, 0.0))
 
-    def add_constant(self, macs: float) -> None:
-        """Add a cost outside the blocks to both accountings, such as the classifier's.
+    def add_constant(self, macs: float, upstream: float | None = None) -> None:
+        """Add a cost outside the blocks, such as the classifier's.
 
         Args:
             macs: Multiply-accumulates for one image.
+            upstream: What the official code counts for it, where that differs.
         """
-        for accounting in self.constants:
-            self.constants[accounting] += macs
+        self.constants["corrected"] += macs
+        self.constants["upstream"] += macs if upstream is None else upstream
 
     def dynamic(self, accounting: str) -> Tensor:
         """Return the cost of the model for every image, with the chosen queries.

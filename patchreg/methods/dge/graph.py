@@ -89,6 +89,8 @@ class DGEGraphRunner:
             raise ConfigError(
                 "a graph repeats sparse evaluation: call model.eval() and set eval_path='sparse'"
             )
+        if not len(images):
+            return self._eager(images)
         if not self._can_capture(images):
             self._tell(
                 f"a graph needs CUDA, images in the type of the weights and no autocast, not "
@@ -185,9 +187,10 @@ class _Captured:
             for _ in range(2):  # Libraries set themselves up in their first calls.
                 forward(self.images)
         torch.cuda.current_stream(images.device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.held = forward(self.images)
+        with torch.cuda.device(images.device):  # A capture takes a stream of the current device.
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.held = forward(self.images)
 
     def fits(self, shifts: list[Tensor | None]) -> bool:
         """Whether the graph is still right for these shifts of the routers."""

@@ -426,7 +426,10 @@ class DGEClassifier(PatchClassifier):
             )
         features = self.backbone(inputs) if noise is None else self.backbone(inputs, noise=noise)
         if features.routing is not None:
-            features.routing.add_constant(self.head.macs())
+            # Officially width x classes, whatever else the head has.
+            classes = getattr(self.head, "num_classes", None)
+            published = None if classes is None else features.tokens.shape[-1] * classes
+            features.routing.add_constant(self.head.macs(), upstream=published)
         return features
 
     def loss(

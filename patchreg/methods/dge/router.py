@@ -93,6 +93,13 @@ class DGERouter(nn.Module):
         self.offset: Tensor | None = None
         self.reset_parameters()
 
+    def _apply(self, *args: Any, **kwargs: Any) -> DGERouter:
+        """Move the offset along with the weights; its type stays, halves would blur a budget."""
+        super()._apply(*args, **kwargs)
+        if self.offset is not None:
+            self.offset = self.offset.to(self.gate.weight.device)
+        return self
+
     def reset_parameters(self, first: float = 0.95) -> None:
         """Draw fresh weights; to be called after the initialisation of the whole model.
 

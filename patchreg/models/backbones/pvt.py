@@ -22,6 +22,7 @@ from patchreg.models.layers import (
     check_heads,
     drop_path,
     drop_path_rates,
+    hidden_width,
     init_transformer,
     resize_pos_embed,
 )
@@ -153,7 +154,7 @@ class PyramidBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dims, eps=norm_eps)
         self.attn: Any = attn
         self.norm2 = nn.LayerNorm(dims, eps=norm_eps)
-        self.mlp = Mlp(dims, int(dims * mlp_ratio), drop_rate)
+        self.mlp = Mlp(dims, hidden_width(dims, mlp_ratio), drop_rate)
 
     def forward(self, x: Tensor, grid: tuple[int, int], uniform: Tensor | None = None) -> Tensor:
         """Encode tokens.

@@ -19,6 +19,7 @@ from patchreg.models.layers import (
     PatchEmbed,
     drop_path,
     drop_path_rates,
+    hidden_width,
     init_transformer,
     keep_tokens,
     resize_pos_embed,
@@ -66,7 +67,7 @@ class TransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dims, eps=norm_eps)
         self.attn = Attention(dims, num_heads, qkv_bias, drop_rate)
         self.norm2 = nn.LayerNorm(dims, eps=norm_eps)
-        self.mlp = Mlp(dims, int(dims * mlp_ratio), drop_rate)
+        self.mlp = Mlp(dims, hidden_width(dims, mlp_ratio), drop_rate)
 
     def forward(self, x: Tensor, uniform: Tensor | None = None) -> Tensor:
         """Encode tokens.
@@ -334,7 +335,7 @@ class VisionTransformerBackbone(BaseModule):
         """
         cells = grid[0] * grid[1]
         count, dims = self.extra + cells, self.embed_dims
-        block = count * (4 * dims**2 + 2 * dims * int(dims * self.mlp_ratio))
+        block = count * (4 * dims**2 + 2 * dims * hidden_width(dims, self.mlp_ratio))
         block += 2 * count**2 * dims
         return float(self.patch_embed.proj.weight[0].numel() * dims * cells + self.depth * block)
 
@@ -347,7 +348,7 @@ class VisionTransformerBackbone(BaseModule):
         """
         cells = grid[0] * grid[1]
         count, dims = self.extra + (cells if kept is None else kept), self.embed_dims
-        hidden = int(dims * self.mlp_ratio)
+        hidden = hidden_width(dims, self.mlp_ratio)
         block = count * (2 * dims + 4 * dims**2 + 2 * dims * hidden + hidden)
         block += 2 * count**2 * dims + 3 * count**2 * self.num_heads
         return float(self.patch_embed.proj.weight[0].numel() * dims * cells + self.depth * block)

@@ -62,6 +62,7 @@ class LinearHead(BaseModule):
                 "distilled=True reads the class and the distillation token: use pool='cls' and no "
                 f"representation_size (got {pool!r} and {representation_size})"
             )
+        self.num_classes = num_classes
         self.pool = pool
         self.distilled = distilled
         self.pre_logits: nn.Module = nn.Identity()
