@@ -36,6 +36,7 @@ param_scheduler = dict(type="CosineAnnealingLR", T_max=100, eta_min=0.0)
 auto_scale_lr = dict(enable=True, base_batch_size=256)
 train_cfg = dict(by_epoch=True, max_epochs=100, val_interval=1)
 val_dataloader = _base_.test_dataloader
+default_hooks = dict(checkpoint=dict(save_best="accuracy/top1"))
 val_cfg = dict()
 test_cfg = dict()
 val_evaluator = dict(type="mmpretrain.Accuracy", topk=(1, 5), thrs=None)

@@ -28,5 +28,6 @@ optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.01, momentum=0.9, weight_de
 param_scheduler = dict(type="CosineAnnealingLR", T_max=10, eta_min=0.0)
 auto_scale_lr = dict(enable=False, base_batch_size=256)
 train_cfg = dict(by_epoch=True, max_epochs=10, val_interval=5)
+default_hooks = dict(checkpoint=dict(save_best="accuracy/top1"))
 val_cfg = dict()
 test_cfg = dict()

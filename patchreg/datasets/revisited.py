@@ -61,7 +61,7 @@ class RevisitedDataset(_FileDataset):
             raise ConfigError(f"RevisitedDataset: name={name!r} is unknown; use one of {NAMES}")
         self.name = name
         self.crop_query = crop_query
-        self.boxes: list[Sequence[float]] = []
+        self.boxes: list[tuple[float, ...]] = []
         super().__init__(
             data_root=str(Path(data_root, name)),
             split=split,
@@ -102,7 +102,18 @@ class RevisitedDataset(_FileDataset):
             self._metainfo["ground_truth"] = [
                 {key: item[key] for key in ("easy", "hard", "junk")} for item in queries
             ]
-            self.boxes = [item["bbx"] for item in queries]
+            self.boxes = [tuple(item["bbx"]) for item in queries]
+            if len(queries) != len(names):
+                raise DataError(
+                    f"'{path}' has {len(names)} queries in qimlist, but {len(queries)} in gnd"
+                )
+            for name, box in zip(names, self.boxes, strict=True):
+                sound = len(box) == 4 and round(box[0]) < round(box[2])
+                if self.crop_query and not (sound and round(box[1]) < round(box[3])):
+                    raise DataError(
+                        f"'{path}': the box of '{name}' is {list(box)}; expected left, top, right, "
+                        "bottom in px, not empty"
+                    )
         self.set_samples(paths, range(len(paths)))
         self.set_classes(names)
         self.check_labels(f"'{path}'")
@@ -115,7 +126,10 @@ class RevisitedDataset(_FileDataset):
         """
         info = super().read_sample(row)
         if self.crop_query and self.split == "query":
+            from PIL import Image
+
             image = LoadImage().read(info["img_path"])
-            left, top, right, bottom = (int(value) for value in self.boxes[row])
-            info["img"] = np.ascontiguousarray(image[top : bottom + 1, left : right + 1])
+            # Pillow's rule, as in the code of the benchmark: rounded, the end excluded.
+            left, top, right, bottom = self.boxes[row]
+            info["img"] = np.array(Image.fromarray(image).crop((left, top, right, bottom)))
         return info

@@ -25,6 +25,7 @@ TILE = 4096
 CHUNK = 512
 SLAB = 65536
 BACKENDS = ("torch", "faiss")
+NO_PLACE = torch.iinfo(torch.int64).max
 
 
 class TopK:
@@ -198,7 +199,8 @@ def knn_votes(
     Shape:
         similarities, labels [Q, neighbours]; returns one [Q, K] per k.
     """
-    weights = similarities.float().div(temperature).exp()
+    kind = torch.promote_types(similarities.dtype, torch.float32)
+    weights = similarities.to(kind).div(temperature).exp()
     votes = weights.new_zeros(len(weights), num_classes)
     found = []
     done = 0
@@ -210,7 +212,7 @@ def knn_votes(
 
 
 def class_ranks(votes: Tensor, targets: Tensor) -> Tensor:
-    """Return the place of each query's true class, 0 for the best one; K where it got no vote.
+    """Return the place of each query's true class, 0 for the best one; `NO_PLACE` without a vote.
 
     Equal votes are ordered by the number of the class.
 
@@ -224,7 +226,7 @@ def class_ranks(votes: Tensor, targets: Tensor) -> Tensor:
     own = votes.gather(1, targets[:, None])
     before = torch.arange(votes.shape[1], device=votes.device) < targets[:, None]
     rank = ((votes > own) | ((votes == own) & before)).sum(dim=1)
-    return torch.where(own.squeeze(1) > 0, rank, votes.shape[1])
+    return torch.where(own.squeeze(1) > 0, rank, NO_PLACE)
 
 
 @METRICS.register_module()
@@ -317,6 +319,9 @@ class KNNMetric(FeatureMetric):
 
         Shape:
             queries [Q, D]; targets [Q]; bank [N, D]; labels [N]; returns float64 [len(ks), 2].
+
+        Raises:
+            ConfigError: There are more classes than `num_classes`.
         """
         if self.ks[-1] > len(bank):
             print_log(
@@ -326,12 +331,23 @@ class KNNMetric(FeatureMetric):
                 level=logging.WARNING,
             )
         ks = [min(k, len(bank)) for k in self.ks]
-        classes = self.num_classes or 1 + int(max(labels.max(), targets.max()))
+        counts = torch.zeros(len(ks), 2, dtype=torch.float64)
+        if not len(queries):  # More processes than images.
+            return counts
+        needed = 1 + int(max(labels.max(), targets.max()))
+        classes = self.num_classes or needed
+        if classes < needed:
+            raise ConfigError(
+                f"num_classes={classes} of the k-NN metric, but there is a label {needed - 1}; set it to "
+                f"{needed} or more, or to None"
+            )
         similarity, index = nearest_neighbours(
             queries, bank, ks[-1], self.dtype, self.backend, cosine=True
         )
         neighbours = labels.to(index.device)[index]
-        counts = torch.zeros(len(ks), 2, dtype=torch.float64)
+        # Relative to the nearest neighbour, in float64: no temperature is too low for the weights.
+        similarity = similarity.double()
+        similarity = similarity - similarity[:, :1]
         for first in range(0, len(index), CHUNK):
             part = slice(first, first + CHUNK)
             votes = knn_votes(similarity[part], neighbours[part], ks, classes, self.temperature)

@@ -222,6 +222,9 @@ class FeatureExtractor(BaseModel):
         return {"state_dict": {f"backbone.{key}": value for key, value in state.items()}}
 
 
+_STACKS = ("blocks.", "layers.", "stages.")
+
+
 def backbone_state(
     backbone: nn.Module, path: str | os.PathLike[str], checkpoint_key: str = "teacher"
 ) -> dict[str, Tensor]:
@@ -234,7 +237,7 @@ def backbone_state(
 
     Raises:
         MissingFileError: The file does not exist.
-        CheckpointError: No part of it holds weights of the backbone.
+        CheckpointError: No part of it holds weights of the backbone, or it has more blocks.
 
     Differs from official:
         There names are shortened wherever a prefix occurs in them, and a file that fits nowhere is
@@ -247,6 +250,7 @@ def backbone_state(
     # A wrapper around a library's model has one more level than the library's own files.
     inner = {key.removeprefix("model."): key for key in own}
     best: dict[str, Tensor] = {}
+    deeper: list[str] = []
     for prefix in (f"{checkpoint_key}.backbone.", f"{checkpoint_key}.", "backbone.", ""):
         cut = {
             key[len(prefix) :].removeprefix("module."): value
@@ -257,6 +261,7 @@ def backbone_state(
         found = {key: value for key, value in cut.items() if key in own}
         if len(found) > len(best):
             best = found
+            deeper = [key for key in cut if key not in own and key.startswith(_STACKS)]
         if len(best) == len(own):
             break
     if own and not best:
@@ -264,6 +269,12 @@ def backbone_state(
             f"'{os.fspath(path)}' holds no weight of the backbone {type(backbone).__name__} (its "
             f"keys: {', '.join(list(state)[:4])}, ...); name the part that holds it with "
             "model.checkpoint_key, or convert the file with tools/convert.py"
+        )
+    if deeper and any(key.startswith(_STACKS) for key in inner):
+        raise CheckpointError(
+            f"'{os.fspath(path)}' is of a network with more blocks than the backbone "
+            f"{type(backbone).__name__}, or with other ones: {', '.join(deeper[:3])}, ... have no "
+            "place; set model.backbone (depth, type) as in the config of the run that wrote the file"
         )
     unused = len(state) - len(best)
     if unused:

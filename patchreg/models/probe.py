@@ -94,6 +94,7 @@ class LinearProbeHead(BaseModule):
         self.n_last_blocks = n_last_blocks
         self.avgpool_patchtokens = avgpool_patchtokens
         width = in_channels * (2 if avgpool_patchtokens else n_last_blocks)
+        self.num_classes = num_classes
         self.linear = nn.Linear(width, num_classes)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
@@ -178,9 +179,35 @@ class LinearProbeClassifier(PatchClassifier):
     ) -> None:
         super().__init__(backbone, head, data_preprocessor, init_cfg)
         self.checkpoint_key = checkpoint_key
+        given = ("checkpoint", "init_cfg", "pretrained")
+        self._has_weights = init_cfg is not None or any(backbone.get(key) for key in given)
+        self.backbone.register_load_state_dict_post_hook(self._note_weights)
         self.backbone.requires_grad_(False)
         if self.head.n_last_blocks > 1:
             self._check_blocks(self.head.n_last_blocks)
+
+    def _note_weights(self, *_: Any) -> None:
+        self._has_weights = True
+
+    def loss(self, inputs: Tensor, data_samples: list[Any]) -> dict[str, Tensor]:
+        """Return the loss of the head; warns once where nothing was loaded into the backbone.
+
+        Args:
+            inputs: Preprocessed images.
+            data_samples: Samples with targets.
+
+        Shape:
+            inputs [B, 3, H, W].
+        """
+        if not self._has_weights:
+            self._note_weights()
+            print_log(
+                "the backbone of this probe has random weights: give those of a run with "
+                "--cfg-options load_from=CHECKPOINT",
+                logger="current",
+                level=logging.WARNING,
+            )
+        return super().loss(inputs, data_samples)
 
     def _check_blocks(self, count: int) -> None:
         inner = getattr(self.backbone, "model", self.backbone)

@@ -51,7 +51,13 @@ from patchreg.runner.sharding import (
 )
 from patchreg.runner.stop import shielded
 from patchreg.runner.strict import check_config, check_options, check_shadowed_helpers
-from patchreg.utils.errors import CheckpointError, ConfigError, MissingFileError, UserError
+from patchreg.utils.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingFileError,
+    UserError,
+)
 from patchreg.utils.files import replace_safely
 from patchreg.utils.public_weights import PUBLIC_WEIGHTS
 from patchreg.utils.random import batch_random
@@ -242,6 +248,27 @@ class EngineRunner(Runner):
         for _, part in child_lists(self._bare_model(), parts, "compile.parts"):
             part.compile(**options)
         self.logger.info(f"compiled: {', '.join(parts)}; the first iterations are slow")
+
+    def build_evaluator(self, evaluator: Any) -> Any:
+        """Build an evaluator; top-5 is left out where the model has fewer classes.
+
+        Args:
+            evaluator: An evaluator, or configs of metrics.
+        """
+        classes = getattr(getattr(self._bare_model(), "head", None), "num_classes", None)
+        several = isinstance(evaluator, (list, tuple))
+        metrics = list(evaluator) if several else [evaluator]
+        for number, metric in enumerate(metrics):
+            topk = metric.get("topk") if isinstance(metric, Mapping) else None
+            if classes is None or not isinstance(topk, (list, tuple)) or max(topk) <= classes:
+                continue
+            kept = tuple(k for k in topk if k <= classes)
+            if kept:
+                self.logger.info(
+                    f"accuracy: topk={kept} of {tuple(topk)}, there are {classes} classes"
+                )
+                metrics[number] = dict(metric, topk=kept)
+        return super().build_evaluator(metrics if several else metrics[0])
 
     def build_train_loop(self, loop: Any) -> Any:
         """Build the training loop; `by_epoch` chooses between the resumable loops.
@@ -437,6 +464,7 @@ class EngineRunner(Runner):
         child_lists(self._bare_model(), names, "activation_checkpointing")
         self._train_loop = self.build_train_loop(self._train_loop)
         check_classes(self.cfg, "train_dataloader", self._train_loop.dataloader.dataset)
+        check_batches(self._train_loop.dataloader, self.world_size)
         if self._val_loop is not None:
             self._val_loop = self.build_val_loop(self._val_loop)
             check_classes(self.cfg, "val_dataloader", self._val_loop.dataloader.dataset)
@@ -477,6 +505,25 @@ def check_classes(config: Config, key: str, dataset: Any) -> None:
         raise ConfigError(
             f"model.head.num_classes={outputs}, but {key}.dataset has {len(classes)} classes "
             f"({', '.join(map(str, classes[:3]))}, ...); set it to {len(classes)}"
+        )
+
+
+def check_batches(loader: DataLoader, processes: int) -> None:
+    """Refuse a training without a single batch.
+
+    Args:
+        loader: Loader of the training.
+        processes: Processes that share the images.
+
+    Raises:
+        DataError: The data set is empty, or smaller than a batch where the last one is dropped.
+    """
+    dataset: Any = loader.dataset
+    if len(loader) == 0:
+        raise DataError(
+            f"train_dataloader gives no batch: {len(dataset)} images for {processes} process(es) with "
+            f"batch_size={loader.batch_size}, drop_last={loader.drop_last}; use smaller batches, "
+            "drop_last=False, or more images"
         )
 
 

@@ -109,4 +109,9 @@ def summary(report: Mapping[str, Any]) -> str:
     for part, config in report["model"].items():
         arguments = ", ".join(f"{key}={value!r}" for key, value in config.items())
         lines.append(f"  {part}=dict({arguments})")
+        arch = config.get("arch")
+        if isinstance(arch, Mapping) and "num_heads" in arch and arch["num_heads"] is None:
+            lines.append(
+                "  num_heads is not in a file: fill it in as in the config of the training"
+            )
     return "\n".join(lines)

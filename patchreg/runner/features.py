@@ -170,8 +170,9 @@ def feature_key(model: Any, loader: DataLoader) -> str:
         found.update(plain.view(torch.uint8).numpy().tobytes())
     dataset: Any = loader.dataset
     facts = dict(
-        model=repr(model),
-        pool=[getattr(model, key, None) for key in ("pool", "scales")],
+        model=[
+            [name, type(part).__name__, _settings(part)] for name, part in model.named_modules()
+        ],
         dataset=type(getattr(dataset, "dataset", dataset)).__name__,
         pipeline=repr(getattr(dataset, "pipeline", None)),
         count=len(dataset),
@@ -183,6 +184,23 @@ def feature_key(model: Any, loader: DataLoader) -> str:
     for index in np.unique(np.linspace(0, len(dataset) - 1, most).astype(int)):
         found.update(_identity(dataset.get_data_info(int(index))))
     return found.hexdigest()[:32]
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    """Return what a module was told besides weights, such as its number of heads."""
+    return {
+        key: value
+        for key, value in vars(part).items()
+        if not key.startswith("_") and key != "training" and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _identity(info: dict[str, Any]) -> bytes:

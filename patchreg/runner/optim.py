@@ -147,10 +147,20 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         logger = MMLogger.get_current_instance()
         level = logger.level
         logger.setLevel(logging.ERROR)
+        without = self.base_wd == 0
+        if without:
+            # Parameters with and without weight decay differ all the same: a schedule may raise it.
+            self.base_wd = 1.0
         try:
             super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
         finally:
             logger.setLevel(level)
+            if without:
+                self.base_wd = 0.0
+        if without:
+            for group in params:
+                group["decays"] = group.get("weight_decay", 1.0) != 0
+                group["weight_decay"] = 0.0
         merged: dict[tuple, dict] = {}
         for group in params:
             key = tuple(

@@ -24,6 +24,8 @@ from patchreg.utils.errors import ConfigError
 
 CELLS = 1024
 """Cells of the target frame that are compared with the context at once."""
+LOWEST = 0.0125
+"""Below this temperature exp(1 / temperature) does not fit into float32."""
 
 
 def propagate(
@@ -62,12 +64,19 @@ def propagate(
     rows, columns = cell // width, cell % width
     result = []
     for part in cell.split(CELLS):
-        weights = (target[part] @ context.T).div(temperature).exp()
+        cosines = target[part] @ context.T
+        near = None
         if radius > 0:
             near = ((rows[part, None] - rows[None]).abs() <= radius) & (
                 (columns[part, None] - columns[None]).abs() <= radius
             )
-            weights = weights * near.repeat(1, len(sources))
+            near = near.repeat(1, len(sources))
+        if temperature < LOWEST:
+            seen = cosines if near is None else cosines.masked_fill(~near, -torch.inf)
+            cosines = cosines - seen.max(dim=1, keepdim=True).values
+        weights = cosines.div(temperature).exp()
+        if near is not None:
+            weights = torch.where(near, weights, torch.zeros_like(weights))
         last = weights.topk(min(topk, weights.shape[1]), dim=1).values[:, -1:]
         weights = torch.where(weights < last, torch.zeros_like(weights), weights)
         result.append(weights / weights.sum(dim=1, keepdim=True) @ values)
@@ -96,7 +105,8 @@ def enlarge(soft: Tensor, patch_size: int) -> Tensor:
     # A class that is nowhere stays at zero.
     span = torch.where(high > low, high - low, torch.ones_like(high))
     stretched = (flat - low[:, None]) / span[:, None]
-    return torch.where(high[:, None] > 0, stretched, flat).view_as(large)
+    # What is the same everywhere stays as it is: an object that fills the frame is not lost.
+    return torch.where((high > low)[:, None], stretched, flat).view_as(large)
 
 
 def first_map(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:

@@ -16,7 +16,8 @@ class WarmupCosineParamScheduler(_ParamScheduler):
     """Linear warm-up, then a cosine, of a setting of the parameter groups, as DINO schedules it.
 
     Each group starts from its own setting; a group whose setting is 0 (biases and norms without
-    weight decay) stays at 0. See `patchreg.utils.schedules.warmup_cosine` for the formula.
+    weight decay) stays at 0, unless the setting of all is 0. See
+    `patchreg.utils.schedules.warmup_cosine` for the formula.
 
     Source:
         `cosine_scheduler` and the training loop of the official DINO.
@@ -52,7 +53,12 @@ class WarmupCosineParamScheduler(_ParamScheduler):
         by_epoch: bool = True,
         **kwargs: Any,
     ) -> None:
-        if not 0 <= warmup <= end or end < 1 or warmup != int(warmup):
+        if end < 1:
+            raise ConfigError(
+                f"param_scheduler of {param_name}: the training has no {'epoch' if by_epoch else 'iteration'}; "
+                "is train_dataloader.batch_size larger than the data set (drop_last), or max_epochs 0?"
+            )
+        if not 0 <= warmup <= end or warmup != int(warmup):
             raise ConfigError(
                 f"param_scheduler of {param_name}: a warm-up of {warmup} does not fit into a training of "
                 f"{end} {'epochs' if by_epoch else 'iterations'}; shorten it, train longer, or set "
@@ -92,7 +98,20 @@ class WarmupCosineParamScheduler(_ParamScheduler):
     def _get_value(self) -> list[float]:
         return [
             warmup_cosine(self.last_step, self.steps, base, self.final, self.warmup, self.start)
-            if base
+            if base or scheduled
             else 0.0
-            for base in self.base_values
+            for base, scheduled in zip(self.base_values, self._scheduled(), strict=True)
         ]
+
+    def _scheduled(self) -> list[bool]:
+        """Return which groups follow the schedule although their own setting is 0.
+
+        A weight decay that begins at 0 tells nobody which groups are without: the constructor of the
+        optimizer wrapper notes it, and where it made no such groups, all follow.
+        """
+        groups = self.optimizer.param_groups
+        if self.param_name != "weight_decay" or any(self.base_values):
+            return [False] * len(groups)
+        if not any("decays" in group for group in groups):
+            return [True] * len(groups)
+        return [bool(group.get("decays")) for group in groups]

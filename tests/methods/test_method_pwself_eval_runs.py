@@ -18,7 +18,7 @@ from patchreg.models.base import TokenFeatures
 from patchreg.models.probe import LinearProbeHead, probe_features
 from patchreg.registry import MODELS
 from patchreg.runner.run import evaluate, train
-from patchreg.utils.errors import CheckpointError, ConfigError
+from patchreg.utils.errors import CheckpointError, ConfigError, DataError
 
 DataSample = pytest.importorskip(
     "mmpretrain.structures", reason="pip install mmpretrain"
@@ -114,6 +114,35 @@ def test_linear_probe_trains_its_head_alone(teacher: Path, tmp_path: Path) -> No
     apart = options | {"model.head.checkpoint": str(tmp_path / "linear.pth")}
     again = evaluate(config, str(teacher), work_dir=str(tmp_path / "apart"), options=apart)
     assert again == found
+
+
+def test_linear_probe_says_what_it_lacks(tmp_path: Path) -> None:
+    options = small(
+        **{
+            "model.head.in_channels": 16,
+            "model.head.n_last_blocks": 1,
+            "val_evaluator.topk": (1, 5, 20),
+            "train_dataloader.dataset.data_root": "nowhere",
+            "train_dataloader.dataset.subset": 128,
+            "val_dataloader.dataset.data_root": "nowhere",
+            "val_dataloader.dataset.subset": 20,
+            "train_cfg.max_epochs": 1,
+            "train_cfg.val_interval": 1,
+        }
+    )
+    config, too_large = "configs/pwself/linear_cifar10.py", {"train_dataloader.batch_size": 129}
+    with pytest.raises(
+        DataError, match="no batch: 128 images for 1 .* batch_size=129, drop_last=True"
+    ):
+        train(config, work_dir=str(tmp_path / "none"), options=options | too_large)
+    assert not (tmp_path / "none").exists()
+    found = train(config, work_dir=str(tmp_path), options=options)
+    assert {key for key in found if "accuracy" in key} == {"accuracy/top1", "accuracy/top5"}
+    assert len(list(tmp_path.glob("best_accuracy_top1_*.pth"))) == 1
+    (log,) = tmp_path.glob("*/*.log")
+    text = log.read_text()
+    assert "the backbone of this probe has random weights" in text
+    assert "topk=(1, 5) of (1, 5, 20), there are 10 classes" in text
 
 
 def test_probe_features_interleave_class_token_and_mean() -> None:

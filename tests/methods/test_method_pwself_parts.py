@@ -12,7 +12,7 @@ from pwself_helpers import backbone, below, cast, error, head, tolerance
 
 from patchreg.hooks.freeze import FreezeLastLayerHook
 from patchreg.models.layers import resize_pos_embed
-from patchreg.registry import OPTIMIZERS, PARAM_SCHEDULERS
+from patchreg.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, PARAM_SCHEDULERS
 from patchreg.runner.optim import OptimWrapper, clip_each_gradient
 from patchreg.runner.schedules import WarmupCosineParamScheduler
 from patchreg.utils.errors import ConfigError, DataError
@@ -227,6 +227,35 @@ def test_schedules_are_those_of_the_authors(name: str) -> None:
     for epoch in range(epochs):
         found = linear_warmup(epoch, first, last, temperature_epochs)
         assert abs(found - float(golden[f"{name}.teacher_temp"][epoch])) < 1e-9
+
+
+def test_weight_decay_may_begin_at_zero() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    config = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=1.0, weight_decay=0.0))
+    groups = dict(norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0)
+    for paramwise, expected in ((groups, [0.4, 0.0]), (None, [0.4])):
+        options = dict(optim_wrapper_cfg=config, paramwise_cfg=paramwise)
+        built = dict(options, type="GroupedOptimWrapperConstructor")
+        wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build(built)(model)
+        decays = WarmupCosineParamScheduler(wrapper, "weight_decay", 0.4, end=20, by_epoch=False)
+        assert [group["weight_decay"] for group in wrapper.optimizer.param_groups] == [0.0] * len(
+            expected
+        )
+        for _ in range(19):
+            wrapper.step()
+            decays.step()
+        found = [group["weight_decay"] for group in wrapper.optimizer.param_groups]
+        exact = warmup_cosine(19, 20, 0.0, 0.4)
+        assert found == [exact if value else 0.0 for value in expected]
+        assert exact == pytest.approx(0.3975, abs=1e-4)
+
+
+def test_schedule_of_an_empty_training_is_refused() -> None:
+    wrapper = OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+    with pytest.raises(
+        ConfigError, match="the training has no iteration; is train_dataloader.batch"
+    ):
+        WarmupCosineParamScheduler(wrapper, "lr", 0.0, end=0, by_epoch=False)
 
 
 def test_default_schedule_has_the_published_values() -> None:

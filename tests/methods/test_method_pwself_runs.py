@@ -17,7 +17,7 @@ from PIL import Image
 from patchreg.methods.pwself import convert, picture
 from patchreg.registry import MODELS
 from patchreg.runner.build import latest_checkpoint, load_config
-from patchreg.runner.convert import convert_file, converters
+from patchreg.runner.convert import convert_file, converters, summary
 from patchreg.utils.errors import CheckpointError, ConfigError
 from patchreg.utils.weights import load_file
 
@@ -201,8 +201,8 @@ def test_authors_checkpoint_goes_both_ways_bit_by_bit(tmp_path: Path) -> None:
     model = MODELS.build(
         dict(
             type="PWSelfPretrainer",
-            backbone=dict(backbone, arch=dict(embed_dims=24, depth=2, num_heads=2)),
-            head=dict(head, hidden_dim=16),
+            backbone=dict(backbone, arch=dict(backbone["arch"], num_heads=2)),
+            head=head,
             loss=dict(type="PWSelfLoss"),
         )
     )
@@ -214,6 +214,33 @@ def test_authors_checkpoint_goes_both_ways_bit_by_bit(tmp_path: Path) -> None:
         for key, value in original[part].items():
             assert torch.equal(back[part][key], value), key
     assert torch.equal(back["dino_loss"]["center"], original["dino_loss"]["center"])
+
+
+@pytest.mark.parametrize(("mode", "tokens"), [("global", 1), ("cls_patch", 2)])
+def test_official_layout_has_a_center_for_every_token(
+    tmp_path: Path, mode: str, tokens: int
+) -> None:
+    source = checkpoint(tmp_path)
+    run_convert(source, tmp_path / "ours.pth", "ours")
+    ours = load_file(tmp_path / "ours.pth")
+    ours["state_dict"]["criterion.center"] = center = torch.randn(1, tokens, 20)
+    torch.save(ours, tmp_path / f"{mode}.pth")
+    run_convert(tmp_path / f"{mode}.pth", tmp_path / "official.pth", "official")
+    found = load_file(tmp_path / "official.pth")["dino_loss"]["center"]
+    assert tuple(found.shape) == (1, 17, 20)
+    assert torch.equal(found[0, 0], center[0, 0])
+    assert torch.equal(found[0, 1:], center[0, -1].expand(16, 20))
+
+
+def test_printed_config_says_what_a_file_cannot(tmp_path: Path) -> None:
+    report = run_convert(checkpoint(tmp_path), tmp_path / "ours.pth", "ours")
+    backbone = report["model"]["backbone"]
+    assert backbone["arch"] == dict(embed_dims=24, depth=2, num_heads=None)
+    assert (backbone["mlp_ratio"], backbone["qkv_bias"]) == (4.0, True)
+    assert report["model"]["head"]["num_layers"] == 3
+    assert "num_heads is not in a file: fill it in" in summary(report)
+    with pytest.raises(ConfigError, match="expected whole numbers embed_dims, depth and num_heads"):
+        MODELS.build(backbone)
 
 
 def test_bare_backbone_goes_both_ways(tmp_path: Path) -> None:

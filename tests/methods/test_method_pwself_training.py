@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from fractions import Fraction
 from typing import Any
 
 import golden_reader
@@ -125,8 +126,13 @@ def brute_force(geometry: ViewGeometry, grids: Any) -> list[tuple[int, int]]:
     """Containment by looking at every centre and every cell."""
     found = [(0, 0)]
     top, left, height, width = geometry.boxes[0, 0].tolist()
-    for token, (y, x) in enumerate(geometry.centres(1, grids[1])[0].tolist()):
-        row, column = (y - top) / height * grids[0][0], (x - left) / width * grids[0][1]
+    y0, x0, length, breadth = geometry.boxes[0, 1].tolist()
+    for token in range(grids[1][0] * grids[1][1]):
+        # Fractions: a centre may lie on the very border of two cells.
+        y, x = (Fraction(2 * place + 1, 2) for place in divmod(token, grids[1][1]))
+        x = grids[1][1] - x if geometry.flips[0, 1] else x
+        row = (y0 + y / grids[1][0] * length - top) / height * grids[0][0]
+        column = (x0 + x / grids[1][1] * breadth - left) / width * grids[0][1]
         if 0 <= row < grids[0][0] and 0 <= column < grids[0][1]:
             column = int(column)
             column = grids[0][1] - 1 - column if geometry.flips[0, 0] else column
@@ -222,6 +228,10 @@ def test_batch_of_images_is_matched_as_its_images() -> None:
     assert weighted.weight.sum() == pytest.approx(1.0)
     assert weighted.weight[weighted.is_class].sum() == pytest.approx(0.7 + 0.3 * lonely / 24)
     assert torch.equal(weighted.teacher, matches.teacher)
+    # In float64 as given: 0.3 is no number of float32.
+    third = match_batch(geometry, 8, 2, class_weight=0.3)
+    shares = third.weight[third.is_class] * 24
+    assert set(shares.tolist()) <= {0.3, 1.0}
     with pytest.raises(ConfigError, match="no pair"):
         match_batch(geometry, 8, 0)
     with pytest.raises(ConfigError, match="patches of 48 px"):
@@ -760,13 +770,22 @@ def test_teacher_follows_and_gets_no_gradient() -> None:
     assert error(model.teacher.backbone.norm.bias, before + 0.25) < 1e-12
 
 
+BOXES = torch.tensor(
+    [[0, 0, 60, 60], [8, 8, 50, 50], [20, 20, 30, 30], [5, 5, 20, 20], [1, 2, 40, 9]]
+)
+
+
+def small_views(dtype: torch.dtype) -> tuple[list[Tensor], ViewGeometry]:
+    """Five views of two images, the first two for the teacher."""
+    sides = [32, 32, 24, 16, 24]
+    views = [torch.randn(2, 3, side, side, dtype=dtype) for side in sides]
+    return views, geometry_of(BOXES.expand(2, -1, -1), torch.zeros(2, 5), sides)
+
+
 def test_any_number_and_size_of_views() -> None:
     model = small_model(torch.float32).train()
-    views = [torch.randn(2, 3, side, side) for side in (32, 32, 24, 16, 24)]
-    boxes = torch.tensor(
-        [[0, 0, 60, 60], [8, 8, 50, 50], [20, 20, 30, 30], [5, 5, 20, 20], [1, 2, 40, 9]]
-    )
-    geometry = geometry_of(boxes.expand(2, -1, -1), torch.zeros(2, 5), [32, 32, 24, 16, 24])
+    boxes = BOXES
+    views, geometry = small_views(torch.float32)
     assert torch.isfinite(model(views, mode="loss", geometry=geometry)["loss_pwself"])
     two = geometry_of(boxes[:2].expand(2, -1, -1), torch.zeros(2, 2), [32, 32])
     assert torch.isfinite(model(views[:2], mode="loss", geometry=two)["loss_pwself"])
@@ -778,6 +797,21 @@ def test_any_number_and_size_of_views() -> None:
         )
     with pytest.raises(DataError, match="MultiView"):
         model(views, mode="loss")
+
+
+def test_class_tokens_without_a_share_leave_a_finite_log() -> None:
+    views, geometry = small_views(torch.float64)
+    found = small_model(torch.float64, class_weight=0.0)(views, mode="loss", geometry=geometry)
+    assert all(torch.isfinite(value) for value in found.values())
+
+
+def test_model_says_which_views_are_missing() -> None:
+    views, geometry = small_views(torch.float32)
+    model = small_model(torch.float32, num_global=len(views) + 1)
+    with pytest.raises(DataError, match=f"num_global={len(views) + 1} with {len(views)} views"):
+        model(views, mode="loss", geometry=geometry)
+    with pytest.raises(ConfigError, match="global_size=4 px is smaller than a patch of 8 px"):
+        small_model(torch.float32, global_size=4)
 
 
 def test_model_refuses_what_cannot_work() -> None:

@@ -109,7 +109,24 @@ def test_revisited_reads_lists_truth_and_boxes(tmp_path: Path) -> None:
     assert "ground_truth" not in database.metainfo
     cropped = RevisitedDataset(str(tmp_path), "roxford5k", "query", crop_query=True)
     whole = np.array(Image.open(tmp_path / "roxford5k/jpg/query_a.jpg"))
-    assert np.array_equal(cropped[0]["img"], whole[2:12, 4:20])
+    assert np.array_equal(cropped[0]["img"], whole[2:11, 4:20])
+
+
+def test_revisited_refuses_boxes_and_truth_that_do_not_fit(tmp_path: Path) -> None:
+    good = dict(easy=[0], hard=[], junk=[], bbx=[0, 0, 30, 20])
+    for box in ([5, 3, 5, 20], [1, 2], [9, 3, 2, 20]):
+        revisited(tmp_path, [good, dict(good, bbx=box)])
+        RevisitedDataset(str(tmp_path), "roxford5k", "query")  # Boxes that nobody uses.
+        with pytest.raises(DataError, match="the box of 'query_b' is"):
+            RevisitedDataset(str(tmp_path), "roxford5k", "query", crop_query=True)
+    revisited(tmp_path, [good])
+    with pytest.raises(DataError, match="2 queries in qimlist, but 1 in gnd"):
+        RevisitedDataset(str(tmp_path), "roxford5k", "query")
+    # A box that leaves the image is filled up with black, as Pillow does.
+    revisited(tmp_path, [good, dict(good, bbx=[-5, 3, 20, 20])])
+    image = RevisitedDataset(str(tmp_path), "roxford5k", "query", crop_query=True)[1]["img"]
+    assert image.shape == (17, 25, 3)
+    assert image[:, :5].max() == 0
 
 
 def test_revisited_refuses_pickles_that_hold_code(tmp_path: Path) -> None:

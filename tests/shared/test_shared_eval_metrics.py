@@ -20,7 +20,7 @@ from patchreg.metrics.davis import (
     statistics,
 )
 from patchreg.metrics.features import FeatureSet
-from patchreg.metrics.knn import KNNMetric, class_ranks, knn_votes, nearest_neighbours
+from patchreg.metrics.knn import NO_PLACE, KNNMetric, class_ranks, knn_votes, nearest_neighbours
 from patchreg.metrics.retrieval import (
     RetrievalMetric,
     average_precision,
@@ -93,7 +93,36 @@ def test_votes_weigh_by_similarity_and_add_up_over_k() -> None:
 def test_ranks_break_ties_by_class_and_leave_out_classes_without_votes() -> None:
     votes = torch.tensor([[2.0, 5.0, 2.0, 0.0]])
     found = [class_ranks(votes, torch.tensor([target])).item() for target in range(4)]
-    assert found == [1, 0, 2, 4]
+    assert found == [1, 0, 2, NO_PLACE]
+
+
+def test_classes_without_a_vote_are_not_among_the_first_five_of_four() -> None:
+    # Labels 0 and 1 in the bank; class 2 gets no vote, with however many classes.
+    bank, labels = torch.eye(12), torch.arange(12) % 2
+    sets = dict(test=FeatureSet(bank[:3], torch.tensor([0, 1, 2])), bank=FeatureSet(bank, labels))
+    for classes in (3, 4, 5, None):
+        found = KNNMetric(ks=(10,), num_classes=classes).report(sets)
+        assert found["knn/k10_top5"] == pytest.approx(200 / 3)
+    with pytest.raises(
+        ConfigError, match="num_classes=2 of the k-NN metric, but there is a label 2"
+    ):
+        KNNMetric(ks=(10,), num_classes=2).report(sets)
+    # Another process has all the images.
+    empty = KNNMetric(ks=(10,)).count(bank[:0], labels[:0], bank, labels)
+    assert empty.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.007, 0.01, 0.011, 0.02])
+@pytest.mark.parametrize("cosines", [(0.999, 0.99), (-0.8, -0.9)], ids=str)
+def test_low_temperatures_neither_overflow_nor_vanish(temperature: float, cosines: tuple) -> None:
+    angles = torch.tensor(cosines, dtype=torch.float64).acos()
+    bank = torch.stack((angles.cos(), angles.sin()), dim=1).float()
+    query = torch.tensor([[1.0, 0.0]])
+    sets = dict(
+        test=FeatureSet(query, torch.tensor([1])), bank=FeatureSet(bank, torch.tensor([1, 0]))
+    )
+    found = KNNMetric(ks=(2,), temperature=temperature).report(sets)
+    assert found["knn/k2_top1"] == 100
 
 
 def test_top5_counts_at_most_k_classes() -> None:
@@ -265,6 +294,18 @@ def test_propagation_copies_the_mask_of_equal_cells_near_by() -> None:
     assert torch.equal(everywhere, expected)
 
 
+@pytest.mark.parametrize("radius", [0, 1])
+def test_propagation_at_low_temperatures_is_that_of_float64(radius: int) -> None:
+    features, maps = torch.randn(2, 16, 5), torch.rand(1, 2, 4, 4)
+    arguments = (features[0], features[1:], maps, radius, 5)
+    for temperature in (0.1, 0.01, 0.002):
+        found = propagate(*arguments, temperature)
+        exact = propagate(*(value.double() for value in arguments[:3]), radius, 5, temperature)
+        assert (found - exact).abs().max() < 1e-3
+    nearest = propagate(*arguments[:4], 1, 0.1)
+    assert torch.allclose(propagate(*arguments, 1e-6), nearest)
+
+
 def test_enlarged_masks_span_zero_to_one() -> None:
     soft = torch.zeros(3, 2, 2)
     soft[1] = torch.tensor([[0.2, 0.4], [0.2, 0.4]])
@@ -272,5 +313,7 @@ def test_enlarged_masks_span_zero_to_one() -> None:
     large = enlarge(soft, 4)
     assert large.shape == (3, 8, 8)
     assert large[0].max() == 0
+    # An object that fills the frame stays ahead of the background that is nowhere.
+    assert large[2].min().item() == pytest.approx(0.3)
     assert large[1].min().item() == 0
     assert large[1].max().item() == pytest.approx(1)

@@ -144,6 +144,13 @@ def test_weights_are_found_in_every_layout(tmp_path: Path) -> None:
     for name in ("ours", "official"):
         found = backbone_state(model.backbone, tmp_path / f"{name}.pth", "student")
         assert all(torch.equal(found[key], student[key]) for key in student), name
+    deeper = teacher | {"blocks.2.norm1.weight": torch.zeros(8), "head.weight": torch.zeros(2)}
+    for name, content in (("bare", deeper), ("ours", under("teacher.backbone.", deeper))):
+        torch.save(dict(state_dict=content), tmp_path / f"deeper_{name}.pth")
+        with pytest.raises(
+            CheckpointError, match=r"more blocks .* blocks\.2\.norm1\.weight, \.\.\."
+        ):
+            backbone_state(model.backbone, tmp_path / f"deeper_{name}.pth", "teacher")
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(
         CheckpointError, match="no weight of the backbone VisionTransformerBackbone"
@@ -208,6 +215,15 @@ def test_cache_is_used_for_the_same_model_and_data_only(tmp_path: Path) -> None:
         seed=0,
     )
     assert len(list(cache.glob("*.npy"))) == 7, "the bank is the same"
+    # The same weights, read by another number of heads or at another scale.
+    for name, more in (
+        ("heads", dict(backbone=VIT | dict(arch=VIT["arch"] | dict(num_heads=4)))),
+        ("resize", dict(backbone=VIT | dict(pos_resize="size"))),
+    ):
+        before = len(list(cache.glob("*.npy")))
+        config = write_config(tmp_path / f"{name}.py", **options | more)
+        evaluate(config, work_dir=str(tmp_path / name), seed=0)
+        assert len(list(cache.glob("*.npy"))) == before + 2, name
     assert not list(cache.glob(".*"))
 
 

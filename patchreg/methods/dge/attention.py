@@ -143,7 +143,6 @@ def varlen_kernel() -> Any:
     return varlen_attn
 
 
-@torch.compiler.assume_constant_result
 @cache
 def _takes_window(kernel: Any) -> bool:
     """Whether the kernel knows windows; in its first release it does not."""

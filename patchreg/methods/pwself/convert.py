@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchreg.models.backbones.vit import ARCHITECTURES
 from patchreg.utils.errors import CheckpointError, ConfigError
 from patchreg.utils.weights import state_dict_of
 
@@ -164,8 +165,7 @@ def _spread_center(state: dict[str, Tensor], changed: list[str]) -> None:
     center = state.get(CENTER)
     if center is None or center.ndim != 2:
         return
-    tokens = next(value for key, value in state.items() if key.endswith("pos_embed")).shape[1]
-    state[CENTER] = center[:, None].repeat(1, tokens, 1)
+    state[CENTER] = center[:, None].repeat(1, _tokens(state), 1)
     changed.append(
         f"center {tuple(center.shape)} -> {tuple(state[CENTER].shape)}, the same for all tokens"
     )
@@ -196,8 +196,17 @@ def _write(
         "epoch": int(loaded.get("epoch", (loaded.get("meta") or {}).get("epoch", 0))),
     }
     if CENTER in state:
-        checkpoint["dino_loss"] = {"center": state[CENTER]}
+        tokens = _tokens(state)
+        center = state[CENTER]
+        if center.shape[1] != tokens:
+            # Of `center_mode` 'global' (one) or 'cls_patch' (two); the authors have one per token.
+            center = torch.cat((center[:, :1], center[:, -1:].repeat(1, tokens - 1, 1)), dim=1)
+        checkpoint["dino_loss"] = {"center": center}
     return checkpoint, []
+
+
+def _tokens(state: Mapping[str, Tensor]) -> int:
+    return next(value for key, value in state.items() if key.endswith("pos_embed")).shape[1]
 
 
 def _below(state: Mapping[str, Tensor], start: str) -> Iterable[tuple[str, Tensor]]:
@@ -213,29 +222,46 @@ def _missing(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _config(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Read the config of a model off its shapes; heads of attention are 64 channels wide in all ViTs."""
+    """Read the config of a model off its shapes.
+
+    Attention heads leave no shape behind: they are known for the published sizes, else None.
+    """
     branch = next(item for item in BRANCHES if f"{item}.backbone.pos_embed" in state)
     start = f"{branch}.backbone."
     patch = state[start + "patch_embed.proj.weight"]
     cells = state[start + "pos_embed"].shape[1] - 1
     depth = len({key.split(".")[3] for key in state if key.startswith(start + "blocks.")})
     dims = patch.shape[0]
+    name = next(
+        (key for key, a in ARCHITECTURES.items() if (a["embed_dims"], a["depth"]) == (dims, depth)),
+        None,
+    )
     config: dict[str, dict[str, Any]] = {
         "backbone": dict(
             type="VisionTransformerBackbone",
-            arch=dict(embed_dims=dims, depth=depth, num_heads=max(dims // 64, 1)),
+            arch=name or dict(embed_dims=dims, depth=depth, num_heads=None),
             img_size=math.isqrt(cells) * patch.shape[-1],
             patch_size=patch.shape[-1],
+            in_channels=patch.shape[1],
+            mlp_ratio=len(state[start + "blocks.0.mlp.fc1.weight"]) / dims,
+            qkv_bias=start + "blocks.0.attn.qkv.bias" in state,
             pos_resize="dino",
         )
     }
     last = state.get(f"{branch}.head.last_layer.weight_v")
     if last is not None:
         gain = state[f"{branch}.head.last_layer.weight_g"]
+        layers = [
+            value
+            for key, value in state.items()
+            if key.startswith(f"{branch}.head.mlp.") and key.endswith("weight") and value.ndim == 2
+        ]
         config["head"] = dict(
             type="ProjectionHead",
             in_channels=dims,
             out_dim=last.shape[0],
+            num_layers=len(layers),
+            hidden_dim=layers[0].shape[0] if len(layers) > 1 else last.shape[1],
             bottleneck_dim=last.shape[1],
             norm_last_layer=bool(torch.equal(gain, torch.ones_like(gain))),
         )

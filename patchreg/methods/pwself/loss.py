@@ -282,7 +282,7 @@ class PWSelfLoss(nn.Module):
             class_part = terms.detach().mul(is_class.to(terms.device, non_blocking=True)).sum()
             found = {
                 "loss_pwself": loss,
-                "ce_class": class_part / class_share,
+                "ce_class": class_part / max(class_share, 1e-12),
                 "ce_patch": (loss.detach() - class_part) / max(1 - class_share, 1e-12),
             }
             if self.training:

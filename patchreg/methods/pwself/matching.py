@@ -130,8 +130,14 @@ def containment_axis(
         start, length, flip [B] each.
     """
     steps = torch.arange(cells[1], device=start[0].device).expand(len(start[0]), -1)
-    centre = start[1][:, None] + length[1][:, None] * ((steps.double() + 0.5) / cells[1])
-    place = torch.floor(cells[0] * (centre - start[0][:, None]) / length[0][:, None]).long()
+    if start[0].is_floating_point():
+        centre = start[1][:, None] + length[1][:, None] * ((steps.double() + 0.5) / cells[1])
+        place = torch.floor(cells[0] * (centre - start[0][:, None]) / length[0][:, None]).long()
+    else:
+        # Whole pixels in whole numbers: a centre on the border of two cells belongs to the second.
+        ahead = 2 * cells[1] * (start[1] - start[0])[:, None] + length[1][:, None] * (2 * steps + 1)
+        whole = 2 * cells[1] * length[0][:, None]
+        place = torch.div(cells[0] * ahead, whole, rounding_mode="floor")
     valid = (place >= 0) & (place < cells[0])
     first, second = place.clamp(0, cells[0] - 1), steps
     if flip is not None:
@@ -160,7 +166,9 @@ def match_axes(
     if rule not in RULES:
         raise ConfigError(f"matching='{rule}' is unknown; use one of {', '.join(RULES)}")
     axis = published_axis if rule == "published" else containment_axis
-    boxes = [geometry.boxes[:, view].double() for view in views]
+    boxes = [geometry.boxes[:, view] for view in views]
+    if boxes[0].is_floating_point():
+        boxes = [box.double() for box in boxes]
     flips = geometry.flips[:, views[0]], geometry.flips[:, views[1]]
 
     def both(column: int) -> tuple[Tensor, Tensor]:
@@ -247,7 +255,8 @@ def match_batch(
         patches = both.sum((1, 2)).double()
         class_part = 1 / (1 + patches)
         if class_weight is not None:
-            class_part = torch.where(patches > 0, class_weight, 1.0).double()
+            given = torch.full_like(patches, class_weight)
+            class_part = torch.where(patches > 0, given, torch.ones_like(patches))
         patch_part = (1 - class_part) / patches.clamp(min=1)
         # The pairs of the class tokens come first, one per image.
         zeros = torch.zeros(images, dtype=torch.int64)

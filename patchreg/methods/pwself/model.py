@@ -113,6 +113,10 @@ class PWSelfPretrainer(BaseModel):
         rows, columns = self.student.backbone.grid
         if global_size is not None:
             rows = columns = global_size // self.patch_size
+            if rows < 1:
+                raise ConfigError(
+                    f"global_size={global_size} px is smaller than a patch of {self.patch_size} px"
+                )
         self.grid = (rows, columns)
         sizes = dict(out_dim=self.student.head.out_dim, tokens=1 + rows * columns)
         self.criterion = MODELS.build(dict(loss, **sizes))
@@ -171,6 +175,12 @@ class PWSelfPretrainer(BaseModel):
             DataError: The teacher's views have another size than the model was made for.
         """
         side = list(geometry.sizes[: self.num_global])
+        if len(side) < self.num_global or geometry.num_views < 2:
+            raise DataError(
+                f"num_global={self.num_global} with {geometry.num_views} views of an image: the teacher "
+                "sees the first num_global views, and the student all, at least 2; set num_global or "
+                "MultiView.views"
+            )
         expected = tuple(cells * self.patch_size for cells in self.grid)
         for size in side:
             if tuple(pixels // self.patch_size for pixels in size) != self.grid:

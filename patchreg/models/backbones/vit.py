@@ -147,6 +147,12 @@ class VisionTransformerBackbone(BaseModule):
                 f"arch='{arch}' is unknown.{did_you_mean(arch, ARCHITECTURES)} Use one of "
                 f"{sorted(ARCHITECTURES)} or a dict with embed_dims, depth and num_heads"
             )
+        if isinstance(arch, dict) and not all(
+            isinstance(arch.get(key), int) for key in ("embed_dims", "depth", "num_heads")
+        ):
+            raise ConfigError(
+                f"arch={dict(arch)}: expected whole numbers embed_dims, depth and num_heads"
+            )
         if dist_token and not cls_token:
             raise ConfigError(
                 "dist_token=True needs cls_token=True: distillation pairs the two tokens"
