@@ -184,6 +184,27 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.element_size() < 4 else tensor
 
 
+NEVER = torch.iinfo(torch.int64).max
+"""Place of a target that is not a number, behind every k."""
+
+
+def match_places(logits: Tensor, target: Tensor) -> Tensor:
+    """Return how many columns come before the target, equal ones in their order; `NEVER` for NaN.
+
+    Args:
+        logits: Scores.
+        target: Column that is right.
+
+    Shape:
+        logits [N, M]; target [N]; returns int64 [N].
+    """
+    own = logits.gather(1, target[:, None])
+    earlier = torch.arange(logits.shape[1], device=logits.device) < target[:, None]
+    # Written so that a NaN comes before everything.
+    place = (~(logits <= own) | ((logits == own) & earlier)).sum(dim=1)
+    return torch.where(own[:, 0].isnan(), NEVER, place)
+
+
 def matching_accuracy(logits: Tensor, target: Tensor, ks: tuple[int, ...] = (1, 5)) -> list[Tensor]:
     """Return the percentage of rows whose target is among the k highest.
 
@@ -195,6 +216,5 @@ def matching_accuracy(logits: Tensor, target: Tensor, ks: tuple[int, ...] = (1, 
     Shape:
         logits [N, M]; target [N]; returns one number per k.
     """
-    own = logits.gather(1, target[:, None])
-    place = (logits > own).sum(dim=1)
+    place = match_places(logits, target)
     return [100.0 * (place < k).float().mean() for k in ks]

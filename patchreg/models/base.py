@@ -116,7 +116,7 @@ def fill_predictions(
         )
     logits = logits.float() if logits.element_size() < 4 else logits
     scores = logits.softmax(dim=1).cpu()
-    labels = scores.argmax(dim=1, keepdim=True)
+    labels = logits.argmax(dim=1, keepdim=True).cpu()  # Scores may round to equal ones.
     costs = macs.tolist()
     for index, sample in enumerate(data_samples):
         sample.set_pred_score(scores[index])
@@ -143,12 +143,21 @@ class ImageModel(BaseModel):
             inputs [B, 3, H, W]; logits [B, K].
 
         Raises:
+            DataError: A batch is too small for BatchNorm.
             ValueError: The mode is unknown.
         """
         if mode == "tensor":
             return self.logits(inputs)
         if mode == "loss":
-            return self.loss(inputs, data_samples or [])
+            try:
+                return self.loss(inputs, data_samples or [])
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise DataError(
+                    f"a training batch of {len(inputs)} image(s) leaves a BatchNorm one value per "
+                    "channel; set drop_last=True, larger batches or larger images"
+                ) from error
         if mode == "predict":
             return self.predict(inputs, data_samples)
         raise ValueError(f"mode={mode!r} is unknown; expected 'tensor', 'loss' or 'predict'")

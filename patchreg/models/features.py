@@ -222,7 +222,8 @@ class FeatureExtractor(BaseModel):
         return {"state_dict": {f"backbone.{key}": value for key, value in state.items()}}
 
 
-_STACKS = ("blocks.", "layers.", "stages.")
+_HEADS = {"head", "heads", "head_dist", "fc", "classifier", "last_linear"}
+"""What a classifier is called, which a backbone may lack the end of."""
 
 
 def backbone_state(
@@ -249,6 +250,7 @@ def backbone_state(
     own = backbone.state_dict()
     # A wrapper around a library's model has one more level than the library's own files.
     inner = {key.removeprefix("model."): key for key in own}
+    tops = {key.split(".")[0] for key in inner} - _HEADS
     best: dict[str, Tensor] = {}
     deeper: list[str] = []
     for prefix in (f"{checkpoint_key}.backbone.", f"{checkpoint_key}.", "backbone.", ""):
@@ -261,7 +263,8 @@ def backbone_state(
         found = {key: value for key, value in cut.items() if key in own}
         if len(found) > len(best):
             best = found
-            deeper = [key for key in cut if key not in own and key.startswith(_STACKS)]
+            left = {key.removeprefix("model."): key for key in cut if key not in own}
+            deeper = [key for short, key in left.items() if short.split(".")[0] in tops]
         if len(best) == len(own):
             break
     if own and not best:
@@ -270,7 +273,7 @@ def backbone_state(
             f"keys: {', '.join(list(state)[:4])}, ...); name the part that holds it with "
             "model.checkpoint_key, or convert the file with tools/convert.py"
         )
-    if deeper and any(key.startswith(_STACKS) for key in inner):
+    if deeper:
         raise CheckpointError(
             f"'{os.fspath(path)}' is of a network with more blocks than the backbone "
             f"{type(backbone).__name__}, or with other ones: {', '.join(deeper[:3])}, ... have no "

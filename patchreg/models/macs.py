@@ -55,7 +55,9 @@ class _Plain(nn.Module):
 def conv_macs(module: nn.Module, shape: tuple[int, ...]) -> float:
     """Count the multiply-accumulates of the convolutions and linear layers for one input.
 
-    The module runs once on the meta device in float32, so nothing is computed and no weight is copied.
+    Projections of PyTorch's and torchvision's attention are among them, the products of queries, keys and
+    values are not. The module runs once on the meta device in float32, so nothing is computed and no
+    weight is copied.
 
     Args:
         module: Module whose forward takes one tensor.
@@ -64,16 +66,27 @@ def conv_macs(module: nn.Module, shape: tuple[int, ...]) -> float:
     found = [0]
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.MultiheadAttention):
+            # Its projections are applied as functions, so that no layer is called.
+            tokens, width = inputs[0].shape[-2], layer.embed_dim
+            found[0] += tokens * width * (2 * width + layer.kdim + layer.vdim)
+        elif type(layer).__name__.startswith("ShiftedWindowAttention"):
+            height, across, width = output.shape[1:]
+            windows: Any = layer.window_size
+            sides = [-(-side // size) * size for side, size in zip((height, across), windows)]
+            found[0] += 4 * sides[0] * sides[1] * width**2
+        elif isinstance(layer, nn.Linear):
             found[0] += output[0].numel() * layer.in_features
         elif isinstance(layer, nn.Conv2d):
             rows, columns = layer.kernel_size
             fan_in = layer.in_channels // layer.groups * rows * columns
             found[0] += output[0].numel() * fan_in
 
-    kinds = (nn.Conv2d, nn.Linear)
+    kinds = (nn.Conv2d, nn.Linear, nn.MultiheadAttention)
     handles = [
-        layer.register_forward_hook(count) for layer in module.modules() if isinstance(layer, kinds)
+        layer.register_forward_hook(count)
+        for layer in module.modules()
+        if isinstance(layer, kinds) or type(layer).__name__.startswith("ShiftedWindowAttention")
     ]
     training = {layer: layer.training for layer in module.modules()}
     try:

@@ -174,8 +174,9 @@ class _TimmHead(nn.Module):
         return {"loss_cls": self.loss_module(self(features), targets)}
 
     def macs(self) -> float:
-        head = self._backbone[0].model.head
-        return float(head.weight.numel()) if isinstance(head, nn.Linear) else 0.0
+        model = self._backbone[0].model
+        heads = (getattr(model, name, None) for name in ("head", "head_dist"))
+        return float(sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear)))
 
 
 @MODELS.register_module()

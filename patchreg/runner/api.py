@@ -200,7 +200,7 @@ def _load(
     classes: list[str] = []
     if checkpoint is None:
         _needs_none(model, config)
-        load_parts(model)
+        load_parts(model, strict=True)
     else:
         path = resolve_checkpoint(checkpoint)
         # A model may know other layouts of its checkpoints, as in a run.

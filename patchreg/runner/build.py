@@ -445,7 +445,11 @@ class EngineRunner(Runner):
         Args:
             mode: `train` or `test`.
         """
-        load_parts(self._bare_model(), self.logger)
+        alone = mode == "test" and self._load_from is None and not self._resume
+        load_parts(self._bare_model(), self.logger, strict=alone)
+        require: Any = getattr(self._bare_model(), "require_weights", None)
+        if alone and require is not None:
+            require()
         if self._resume and self._load_from is None:
             self._load_from = self._newest_sound()
         if self._load_from is not None:

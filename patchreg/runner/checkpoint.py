@@ -330,7 +330,9 @@ def parts_to_load(
         )
 
 
-def load_parts(model: nn.Module, logger: logging.Logger | None = None) -> None:
+def load_parts(
+    model: nn.Module, logger: logging.Logger | None = None, strict: bool = False
+) -> None:
     """Load the weights that parts of a model name themselves.
 
     MMEngine does so before a training only, and passes over weights that do not fit.
@@ -338,10 +340,11 @@ def load_parts(model: nn.Module, logger: logging.Logger | None = None) -> None:
     Args:
         model: The model, not wrapped.
         logger: Where a partial match is reported.
+        strict: Refuse files that lack a weight of their part; a training may start from such.
 
     Raises:
         MissingFileError: A file does not exist.
         CheckpointError: A file is damaged or belongs to another model.
     """
     for module, path, state in parts_to_load(model):
-        load_state(module, state, path, strict=False, logger=logger)
+        load_state(module, state, path, strict=strict, logger=logger)

@@ -278,14 +278,23 @@ class SelectedClassifier(ImageModel):
         Shape:
             inputs [B, 3, H, W].
         """
-        _, macs, dense, selection = self.run(inputs)
-        if selection is None:
+        if self.use == "order":
+            # Ranked once: a selector that draws would answer otherwise the second time.
+            whole = self.choose(inputs)
+            spent = inputs.new_zeros(len(inputs), dtype=torch.float64)
+
+            def rank(rows: Tensor) -> PatchSelection:
+                if whole.macs is not None:
+                    spent[rows] += whole.macs[rows].to(spent)
+                return whole[rows]
+
+            _, macs, dense = self.classifier.predict_ranked(inputs, rank)
+            macs = macs.to(spent) + spent
             # The classifier knows which of its windows it looked at.
-            return dataclasses.replace(
-                self.classifier.select_ranked(inputs, self._lazy_scores(inputs, macs.clone())),
-                macs=macs,
-                dense_macs=dense,
-            )
+            found = self.classifier.select_ranked(inputs, lambda rows: whole[rows])
+            return dataclasses.replace(found, macs=macs, dense_macs=dense)
+        _, macs, dense, selection = self.run(inputs)
+        assert selection is not None
         return dataclasses.replace(selection, macs=macs, dense_macs=dense)
 
 

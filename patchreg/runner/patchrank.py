@@ -9,6 +9,7 @@ import csv
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,9 @@ def _resize(images: Tensor, side: int, mode: str = "bilinear") -> Tensor:
 
 
 def keep_best(selection: PatchSelection, count: int) -> PatchSelection:
-    """Return a selection that keeps the highest scores only.
+    """Return a selection that keeps the best patches only.
+
+    The highest scores of a grid; of windows that overlap the first ones, as the ranker ordered them.
 
     Args:
         selection: Selection over a grid.
@@ -155,6 +158,23 @@ def keep_best(selection: PatchSelection, count: int) -> PatchSelection:
     """
     if selection.grid is None:
         raise DataError("a selection of free boxes has no grid; its order says which come first")
+    if not selection.tiles():
+        order = selection.order[:, :count]
+        if count < 1 or order.shape[1] < count:
+            raise DataError(
+                f"cannot keep {count} of {order.shape[1]} windows; keep 1 to {order.shape[1]}, or have the "
+                "ranker choose more"
+            )
+        chosen = torch.zeros_like(selection.keep, dtype=torch.int64)
+        chosen = chosen.scatter_add(1, order.clamp(min=0), (order >= 0).long()).bool()
+        left_out = selection.resolution.amin(dim=1, keepdim=True)
+        return replace(
+            selection,
+            keep=chosen,
+            resolution=torch.where(chosen, selection.resolution, left_out),
+            order=order,
+            boxes=selection.boxes[:, :count],
+        )
     keep = top_mask(selection.score, count)
     return PatchSelection.from_grid(
         image_size=selection.image_size,
@@ -203,6 +223,8 @@ def rank_patches(
             f"the image is an array of shape {pixels.shape} and type {pixels.dtype}; expected [H, W, 3] "
             "uint8 RGB"
         )
+    if img_size is not None and img_size < 1:
+        raise ConfigError(f"img_size={img_size}: expected a side in px, or None")
     init_default_scope("patchreg")
     if isinstance(ranker, (str, Path)):
         ranker = load(ranker, checkpoint).network

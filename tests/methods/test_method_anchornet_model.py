@@ -231,6 +231,18 @@ def test_a_network_with_padding_scores_windows_by_the_mean_of_their_cells() -> N
     assert model.select(images).boxes[..., 2:].max() <= 192
     with pytest.raises(DataError, match="2 x 2 cells is smaller than one window of 3 x 3"):
         model.localise(images[..., :64, :64])
+    # Cells that are no squares, or stick out, would give crops that are not their boxes.
+    for height, width in ((192, 150), (150, 192)):
+        with pytest.raises(DataError, match="does not divide an image of"):
+            model.localise(torch.zeros(1, 3, height, width))
+    patch = dict(
+        type="AnchorNetPatchClassifier",
+        backbone=dict(type="TorchvisionBackbone", model_name="resnet18", num_classes=9),
+        anchor=dict(type="AnchorNetClassifier", backbone=net, head=head, window_cells=3),
+    )
+    with pytest.raises(ConfigError, match="use evaluation='localised'"):
+        MODELS.build(patch)
+    assert MODELS.build(dict(patch, evaluation="localised")).eval()(images).shape == (2, 9)
     with pytest.raises(ConfigError, match="give window_cells"):
         MODELS.build(dict(type="AnchorNetClassifier", backbone=net, head=head))
 

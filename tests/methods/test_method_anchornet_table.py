@@ -139,6 +139,17 @@ def test_the_solver_finds_what_an_exhaustive_search_finds() -> None:
         solve_thresholds(table, float("nan"))
 
 
+def test_tables_that_cannot_be_true() -> None:
+    loaded = dict(thresholds=torch.rand(4, 2), predictions=torch.tensor([[3, 1]] * 4))
+    with pytest.raises(DataError, match="predictions hold 3; expected whether each stage is right"):
+        ConfidenceTable.from_official(loaded, (1.0, 2.0))
+    loaded["predictions"] = torch.tensor([[0, 1]] * 4)
+    assert ConfidenceTable.from_official(loaded, (1.0, 2.0)).correct.sum() == 4
+    for costs in ((1.0, float("nan")), (-1.0, 2.0)):
+        with pytest.raises(DataError, match="expected numbers from 0 on"):
+            ConfidenceTable.from_official(loaded, costs)
+
+
 def test_missing_windows_cost_nothing_and_count_at_the_last_one_there_is() -> None:
     views = torch.tensor(
         [[[1.0, 0.0], [0.0, 3.0], [9.0, 9.0]], [[1.0, 0.0], [0.0, 3.0], [0.0, 3.0]]]

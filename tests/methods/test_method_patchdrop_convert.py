@@ -148,6 +148,14 @@ def test_files_that_cannot_be_converted() -> None:
         convert(dict(state_dict=broken), "x", "ours")
     with pytest.raises(CheckpointError, match="no network of the PatchDrop repository"):
         convert(dict(agent=dict(weight=torch.zeros(1))), "x", "ours")
+    lacking = official(wide(4))
+    del lacking["layer3.0.conv1.weight"]
+    report = convert(dict(state_dict=lacking | {"extra.weight": torch.zeros(1)}), "x", "ours")[1]
+    assert report["missing"] == ["classifier.backbone.layer3.0.conv1.weight"]
+    assert report["unexpected"] == ["classifier.backbone.extra.weight"]
+    vit = {"backbone.cls_token": torch.zeros(1, 1, 4), "head.head.weight": torch.zeros(2, 4)}
+    with pytest.raises(CheckpointError, match="ResNets only, and this network is none"):
+        convert(dict(state_dict=vit), "x", "official")
     with pytest.raises(CheckpointError, match="no classification layer"):
         convert(dict(state_dict={"other.weight": torch.zeros(1)}), "x", "official")
     with pytest.raises(ConfigError, match="classifier alone"):

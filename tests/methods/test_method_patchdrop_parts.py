@@ -19,8 +19,10 @@ from patchreg.methods.patchdrop.selector import (
     log_probability,
     pattern_order,
 )
+from patchreg.models.base import fill_predictions
 from patchreg.registry import HOOKS, METRICS, MODELS
 from patchreg.utils.errors import CheckpointError, ConfigError, DataError
+from patchreg.utils.random import batch_random
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +54,8 @@ def test_prices_replace_the_count() -> None:
     actions = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]])
     assert loss.share(actions).flatten().tolist() == [0.0, 0.25, 0.75, 1.0]
     assert loss.values(actions)[0].flatten().tolist() == [1.0, 1 - 0.0625, 1 - 0.5625, 0.0]
+    for kind in (torch.int64, torch.bool):
+        assert torch.equal(loss.share(actions.to(kind)), loss.share(actions))
     with pytest.raises(ConfigError, match="4 prices for 16"):
         loss.share(torch.ones(1, 16))
     with pytest.raises(ConfigError, match="none below 0"):
@@ -198,7 +202,25 @@ def test_ends() -> None:
         assert (selector(torch.zeros(3, 3, 8, 8))[0] > 0).sum(1).tolist() == [kept] * 3
 
 
+@pytest.mark.parametrize("pattern", ["random", "stochastic"])
+def test_a_training_draws_fixed_policies_by_the_step(pattern: str) -> None:
+    selector = build(type="PatchDropFixedSelector", pattern=pattern, keep=5.5)
+    found = []
+    for step in (3, 4, 3):
+        batch_random.begin(0, step)
+        found.append(selector.train()(torch.zeros(8, 3, 8, 8))[0])
+        selector.eval()(torch.zeros(8, 3, 8, 8))  # Such as of PatchDropBudgetHook.
+        batch_random.end()
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
 def test_a_fixed_policy_trains_the_classifier_alone() -> None:
+    fixed = dict(type="PatchDropFixedSelector", pattern="rows", keep=4)
+    with pytest.raises(ConfigError, match="trains the policy alone, and a PatchDropFixedSelector"):
+        patchdrop("pretrain", selector=fixed).train().loss(
+            torch.randn(4, 3, 32, 32), labelled(torch.arange(4))
+        )
     model = patchdrop(
         "finetune", selector=dict(type="PatchDropFixedSelector", pattern="centre", keep=4)
     ).train()
@@ -410,8 +432,8 @@ def test_inputs_that_cannot_be_used() -> None:
     model = patchdrop("finetune").train()
     with pytest.raises(DataError, match="smaller than the low-resolution view"):
         model.loss(torch.zeros(2, 3, 4, 4), labelled(torch.arange(2)))
-    with pytest.raises(DataError, match="batch of one image"):
-        model.loss(torch.zeros(1, 3, 32, 32), labelled(torch.arange(1)))
+    with pytest.raises(DataError, match=r"batch of 1 image\(s\) leaves a BatchNorm one value"):
+        model(torch.zeros(1, 3, 32, 32), labelled(torch.arange(1)), mode="loss")
     with pytest.raises(DataError, match="one label per image"):
         model.loss(torch.zeros(2, 3, 32, 32), [Sample(gt_score=torch.ones(10))] * 2)
     with pytest.raises(DataError, match="NaN probabilities"):
@@ -425,6 +447,17 @@ def test_frozen_parts_need_weights(tmp_path: Any) -> None:
     model = patchdrop("twostream", random_parts=False)
     with pytest.raises(ConfigError, match=r"does not train model.lr_classifier"):
         model.init_weights()
+    # Weights of the whole model count for what they hold: a file of stage 2 has one stream.
+    for stage, fits in (("finetune", False), ("twostream", True)):
+        path = tmp_path / f"{stage}.pth"
+        torch.save(dict(state_dict=patchdrop(stage).state_dict()), path)
+        whole = dict(type="Pretrained", checkpoint=str(path))
+        model = patchdrop("twostream", random_parts=False, init_cfg=whole)
+        if fits:
+            model.require_weights()
+            continue
+        with pytest.raises(ConfigError, match=r"does not train model.lr_classifier"):
+            model.init_weights()
 
 
 def with_weights(name: str, path: Any, prefix: str | None = None, **kwargs: Any) -> Any:
@@ -597,3 +630,45 @@ def test_views_that_average() -> None:
 def test_values_that_mean_nothing(config: dict) -> None:
     with pytest.raises(ConfigError):
         build(**config)
+
+
+# what does not fit together -----------------------------------------------------------------------
+
+BAG = dict(
+    type="PatchDropBagClassifier",
+    backbone=dict(type="CIFARResNetBackbone", num_blocks=(1, 1, 1, 1), base_channels=4),
+    head=dict(type="LinearHead", num_classes=10, in_channels=32, pool="mean", init="torch"),
+)
+
+
+@pytest.mark.parametrize("options", [dict(patch_size=4), dict(fill="overview"), dict(patch_size=0)])
+def test_patchwise_classifiers_read_whole_grids(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="patch_size="):
+        patchdrop("finetune", classifier=BAG, **options)
+
+
+def test_a_bag_without_a_patch_leaves_the_statistics_alone() -> None:
+    bag = build(**BAG).train()
+    before = {key: value.clone() for key, value in bag.state_dict().items()}
+    bag.classify(torch.randn(2, 3, 32, 32), torch.zeros(2, 16), (4, 4))
+    assert all(torch.equal(value, before[key]) for key, value in bag.state_dict().items())
+    assert bag.backbone.bn1.training
+
+
+def test_equal_scores_leave_the_prediction_of_the_logits() -> None:
+    logits = torch.tensor([[1e-9, 3e-9, 2e-9]])
+    (sample,) = fill_predictions([Sample()], logits, torch.zeros(1), 0.0)
+    assert sample.pred_label.item() == 1
+
+
+def test_what_nothing_predicts_counts_both_streams() -> None:
+    model = patchdrop("twostream").eval()
+    images = torch.randn(6, 3, 32, 32)
+    seen = model.lr_classifier(model.overview(images))
+    nothing = model.classify(torch.zeros(1, 3, 32, 32), torch.zeros(1, 16), torch.zeros(1, 3, 8, 8))
+    assert model.blank_labels(images) == (seen + nothing[0]).argmax(1).tolist()
+
+
+def test_policies_that_contradict_themselves() -> None:
+    with pytest.raises(ConfigError, match="top_k=2 keeps fewer patches than min_keep=5"):
+        build(**policy(4, top_k=2, min_keep=5))

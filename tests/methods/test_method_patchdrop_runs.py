@@ -171,4 +171,7 @@ def test_sweeps_that_cannot_work(project: Path) -> None:
     options = {"test_cfg.thresholds": (), "test_cfg.top_k": ()}
     with pytest.raises(ConfigError, match="set thresholds or top_k"):
         engine.evaluate(str(project / "sweep.py"), options=options)
+    options = {"test_cfg.top_k": (-1, 20)}
+    with pytest.raises(ConfigError, match=r"top_k=\[-1, 20\]: expected 0 to 16"):
+        engine.evaluate(str(project / "sweep.py"), options=options)
     assert load_config(str(project / "sweep.py")).test_cfg.type == "PatchDropSweepLoop"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from patchreg.methods.patchgame import convert as converter
 from patchreg.methods.patchgame.convert import our_name
-from patchreg.models.features import FeatureExtractor
+from patchreg.models.features import FeatureExtractor, backbone_state
 from patchreg.runner.convert import convert_file, converters
 from patchreg.utils.errors import CheckpointError, ConfigError
 from patchreg.utils.weights import load_file
@@ -130,6 +130,12 @@ def test_features_are_read_from_every_layout(tmp_path: Path) -> None:
             extractor.read_checkpoint(tmp_path / f"{name}.pth")["state_dict"]
         )
         assert torch.equal(extractor(images), model(images)), name
+    # A larger network of the same kind would fit tensor by tensor.
+    deeper = {f"listener.{key}": value for key, value in extractor.backbone.state_dict().items()}
+    deeper["listener.model.layer1.2.conv1.weight"] = torch.zeros(64, 64, 3, 3)
+    torch.save(dict(state_dict=deeper), tmp_path / "deeper.pth")
+    with pytest.raises(CheckpointError, match=r"layer1\.2\.conv1\.weight, \.\.\. have no place"):
+        backbone_state(extractor.backbone, tmp_path / "deeper.pth", "listener")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -137,5 +143,22 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no PatchGame"):
         convert_file(converter, str(tmp_path / "other.pth"), str(tmp_path / "out.pth"), "ours")
     source = official_file(build(**SMALL), tmp_path / "official.pth")
+    loaded = load_file(source, allowed=[Namespace])
+    for lost in (
+        "gumbel.logits.weight",
+        "sender.pe_symbol",
+        "sender.lin_symbol.0.weight",
+        "receiver.text_fc.last_layer.weight_v",
+        "receiver.encoder.layers.0.linear1.weight",
+    ):
+        partial = {key: value for key, value in loaded["model"].items() if not key.endswith(lost)}
+        assert len(partial) == len(loaded["model"]) - 1
+        with pytest.raises(CheckpointError, match=f"no whole PatchGame: it lacks {lost}"):
+            converter.convert(dict(model=partial), "x.pth", "ours")
+    for name in ("stem.0.weight", "trunk_output.block1.weight", "conv5.0.weight", "fc.weight"):
+        assert our_name(f"receiver.vision.{name}") == f"receiver.vision.model.{name}"
+    assert (
+        our_name("sender.patch_rank.blocks.0.norm1.bias") == "sender.patch_rank.blocks.0.norm1.bias"
+    )
     with pytest.raises(ConfigError, match="--from ours"):
         convert_file(converter, str(source), str(tmp_path / "out.pth"), "listener", "ours")

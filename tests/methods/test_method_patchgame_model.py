@@ -25,7 +25,7 @@ from patchgame_helpers import (
 )
 from torch import Tensor, nn
 
-from patchreg.losses.contrastive import matching_accuracy
+from patchreg.losses.contrastive import NEVER, matching_accuracy
 from patchreg.registry import MODELS
 from patchreg.utils.errors import ConfigError, DataError
 from patchreg.utils.random import batch_random
@@ -329,6 +329,9 @@ def test_other_image_sizes_work() -> None:
     assert model.symbols(torch.randn(2, 3, 24, 32)).shape == (2, 48, 3)
     with pytest.raises(DataError, match="patches of 4 px"):
         model(torch.randn(2, 4, 3, 18, 18).unbind(0), mode="loss")
+    for part in (model.select, model.symbols):
+        with pytest.raises(DataError, match="patches of 4 px"):
+            part(torch.randn(2, 3, 18, 18))
 
 
 def test_every_trained_parameter_gets_a_gradient() -> None:
@@ -355,6 +358,12 @@ def test_predict_counts_better_matches() -> None:
         assert sample["match_place"].shape == (2,)
         assert 0 <= int(sample["match_place"].min()) <= int(sample["match_place"].max()) < 5
         assert sample["match_count"] == 5
+    # A model that says the same of all images is right by chance only, and a broken one never.
+    for gain, places in ((0.0, [0, 1, 2, 3, 4]), (math.nan, [NEVER] * 5)):
+        for head in (model.receiver.vision_fc, model.receiver.text_fc):
+            torch.nn.init.constant_(head.last_layer.weight_g, gain)
+        found = model(torch.randn(2, 5, 3, 16, 16).unbind(0), mode="predict")
+        assert [sample["match_place"].tolist() for sample in found] == [[n, n] for n in places]
     with pytest.raises(ConfigError, match="two views"):
         model(torch.randn(5, 3, 16, 16), mode="loss")
     with pytest.raises(ValueError, match="mode='train'"):

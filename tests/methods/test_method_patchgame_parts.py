@@ -23,10 +23,10 @@ from patchgame_helpers import (
 from torch import nn
 
 from patchreg.losses.contrastive import ContrastiveLoss, Embedding, matching_accuracy
-from patchreg.methods.patchgame.listener import PatchGameListener
+from patchreg.methods.patchgame.listener import PatchGameListener, SymbolEmbedding
 from patchreg.methods.patchgame.speaker import PatchGameResNetBackbone, PatchGameSymbols
 from patchreg.models.heads.projection import ProjectionHead
-from patchreg.models.selectors.rank import RankSelector
+from patchreg.models.selectors.rank import RankSelector, top_mask
 from patchreg.models.selectors.soft_rank import (
     _pool_halves,
     _pool_runs,
@@ -521,3 +521,44 @@ def test_listener_golden(case: dict[str, Any]) -> None:
         near(mean, golden[f"{name}.bn1_running_mean_after"], 1e-3, 1e-5)
         feature = model.eval().look(x)
         near(feature, golden[f"{name}.vision_feature_after"], 1e-3, 1e-5)
+
+
+def test_a_collapsed_or_broken_model_matches_by_chance_or_never() -> None:
+    target = torch.arange(4)
+    assert matching_accuracy(torch.zeros(4, 4), target)[0] == 25
+    assert matching_accuracy(torch.full((4, 4), torch.nan), target)[1] == 0
+    half = torch.eye(4)
+    half[0, 3] = torch.nan
+    assert matching_accuracy(half, target)[0] == 75
+
+
+@pytest.mark.parametrize("outlier", [1e6, 1e10, 1e13, 1e18, 1e30])
+def test_one_large_score_leaves_the_other_ranks_alone(outlier: float) -> None:
+    others = torch.tensor([[0.3, 0.1, 0.2, -5.0]], dtype=torch.float64)
+    scores = torch.cat((others, torch.tensor([[outlier]])), dim=1).requires_grad_()
+    found = soft_rank(scores, backend="torch")
+    assert torch.allclose(found, torch.tensor([[3.1, 2.9, 3.0, 1.0, 5.0]]).double(), atol=1e-6)
+    (gradient,) = torch.autograd.grad((found * torch.arange(5.0)).sum(), scores)
+    assert torch.allclose(gradient[0], torch.tensor([-1.0, 0, 1, 0, 0]).double(), atol=1e-6)
+
+
+def test_symbols_of_any_integer_type_are_looked_up() -> None:
+    table = SymbolEmbedding(7, 3)
+    torch.nn.init.normal_(table.weight)
+    for kind in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(table(torch.arange(7, dtype=kind)), table.weight)
+
+
+def test_the_mask_of_equal_scores_is_the_beginning_of_their_order() -> None:
+    score = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0] * 20])
+    order = score.argsort(dim=1, descending=True, stable=True)
+    for count in (1, 7, 40, 41, 99):
+        assert set(top_mask(score, count)[0].nonzero()[:, 0].tolist()) == set(
+            order[0, :count].tolist()
+        )
+
+
+@pytest.mark.parametrize("options", [dict(count=0), dict(count=-3), dict(strength=math.inf)])
+def test_rank_selectors_that_cannot_work(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="count=|strength="):
+        RankSelector(**options)

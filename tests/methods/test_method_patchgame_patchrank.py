@@ -221,6 +221,41 @@ def test_scores_move_to_other_grids() -> None:
     assert torch.allclose(found, torch.tensor([[1.0, 0.0, 0.0, 2 / 3]]))
 
 
+def windows(order: list[int]) -> PatchSelection:
+    """Windows of 6 px at every 2 px of an image of 14 px, the highest score in the second row and column."""
+    score = torch.zeros(1, 25)
+    score[0, 6] = 1.0
+    cells = torch.tensor([order])
+    y, x = 2 * (cells // 5), 2 * (cells % 5)
+    keep = torch.zeros(1, 25, dtype=torch.bool)
+    keep[0, order] = True
+    return PatchSelection(
+        image_size=(14, 14),
+        grid=(5, 5),
+        score=score,
+        keep=keep,
+        resolution=torch.where(keep, 1.0, 0.25),
+        order=cells,
+        boxes=torch.stack((x, y, x + 6, y + 6), dim=-1).float(),
+    )
+
+
+def test_windows_that_overlap_keep_their_boxes_and_places() -> None:
+    found = keep_best(windows([6, 24, 4]), 2)
+    assert found.order.tolist() == [[6, 24]]
+    assert found.boxes[0].tolist() == [[2, 2, 8, 8], [8, 8, 14, 14]]
+    assert found.keep[0].nonzero()[:, 0].tolist() == [6, 24]
+    assert found.resolution[0, [4, 6, 24]].tolist() == [0.25, 1.0, 1.0]
+    found.validate()
+    with pytest.raises(DataError, match="cannot keep 4 of 3 windows"):
+        keep_best(windows([6, 24, 4]), 4)
+    # The window at (1, 1) has its centre at 5 px, in the third of seven patches of 2 px.
+    scores = scores_on_grid(windows([6, 24, 4]), (7, 7)).view(7, 7)
+    assert scores.argmax() == 2 * 7 + 2
+    assert scores[2, 2] == 1
+    assert scores.sum() == pytest.approx(1.0, abs=1e-5)
+
+
 CONFIG = "configs/patchgame/patchrank_quick.py"
 SMALL = {
     "model.backbone.arch": dict(embed_dims=32, depth=2, num_heads=2),
@@ -323,6 +358,8 @@ def test_rank_patches(tmp_path: Path) -> None:
     assert found.boxes[0, 0].tolist() in ([10.0, 0.0, 20.0, 10.0], [10.0, 10.0, 20.0, 20.0])
     assert torch.equal(rank_patches(pixels, ranker).score, found.score)
     assert rank_patches(Image.fromarray(pixels), model, img_size=16).grid == (4, 4)
+    with pytest.raises(ConfigError, match="img_size=0: expected a side"):
+        rank_patches(pixels, ranker, img_size=0)
     with pytest.raises(DataError, match="uint8 RGB"):
         rank_patches(pixels.astype(np.float32), ranker)
     with pytest.raises(MissingFileError, match="no checkpoint was named"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from patchreg.methods.anchornet.convert import convert
 from patchreg.models.backbones.torchvision import TorchvisionBackbone
 from patchreg.utils.errors import CheckpointError, ConfigError, MissingFileError
 
@@ -90,3 +91,23 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     torch.save({"model": {"other.weight": torch.zeros(1)}}, path)
     with pytest.raises(CheckpointError, match="other.weight"):
         TorchvisionBackbone("resnet18", 10, checkpoint=str(path))
+
+
+def test_files_without_counts_of_batches_load(tmp_path: Path) -> None:
+    from torchvision.models import densenet121, resnet18
+
+    for build, name in ((resnet18, "resnet18"), (densenet121, "densenet121")):
+        state = {k: v for k, v in build().state_dict().items() if "num_batches_tracked" not in k}
+        torch.save(state, tmp_path / "old.pth")
+        model = TorchvisionBackbone(name, 1000, checkpoint=str(tmp_path / "old.pth"))
+        found = model.model.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in state.items())
+        ours, report = convert(dict(state), "old.pth", "ours")
+        assert report["model"]["backbone"]["model_name"] == name
+
+
+@pytest.mark.parametrize(("name", "least"), [("vit_b_16", 16.8e9), ("swin_t", 4.2e9)])
+def test_attention_inside_other_libraries_is_counted(name: str, least: float) -> None:
+    # torchvision states 17.56 and 4.49 G with the products of queries, keys and values.
+    found = TorchvisionBackbone(name, 1000).macs((3, 224, 224))
+    assert least < found < 1.05 * least

@@ -156,9 +156,14 @@ class AnchorNetEnsembleClassifier(ImageModel):
     def _window_side(self, shape: tuple[int, ...]) -> int:
         if self.anchor.window_cells is None:
             return self.anchor.backbone.window.side
-        with torch.no_grad():
-            images = next(self.anchor.parameters()).new_zeros((1, *shape))
-            return self.anchor.localise(images).window.side
+        training = self.anchor.training
+        self.anchor.eval()  # An empty image is nothing for BatchNorm's statistics.
+        try:
+            with torch.no_grad():
+                images = next(self.anchor.parameters()).new_zeros((1, *shape))
+                return self.anchor.localise(images).window.side
+        finally:
+            self.anchor.train(training)
 
     def first_logits(self, inputs: Tensor) -> Tensor:
         """Classify the shrunk images.
@@ -291,7 +296,7 @@ class AnchorNetEnsembleClassifier(ImageModel):
         targets = stack_targets(data_samples, inputs.device)
         features = self.anchor.extract(inputs)
         with torch.no_grad():
-            found = self.anchor.localise_features(features, inputs.shape[2])
+            found = self.anchor.localise_features(features, (inputs.shape[2], inputs.shape[3]))
         rows, ranks = (found.cells >= 0).nonzero(as_tuple=True)
         views = crop_windows(inputs, rows, found.cells[rows, ranks], found.window)
         parts = {

@@ -167,14 +167,17 @@ class AnchorNetClassifier(PatchClassifier):
         Shape:
             inputs [B, 3, H, W].
         """
-        return self.localise_features(self.extract(inputs), inputs.shape[2])
+        return self.localise_features(self.extract(inputs), (inputs.shape[2], inputs.shape[3]))
 
-    def localise_features(self, features: TokenFeatures, height: int) -> Localisation:
+    def localise_features(self, features: TokenFeatures, size: tuple[int, int]) -> Localisation:
         """Find the windows of images whose features are known.
 
         Args:
             features: What `extract` returned.
-            height: Height of the images in px.
+            size: Height and width of the images in px.
+
+        Raises:
+            DataError: The map is smaller than a window, or its cells are no squares that fill the image.
         """
         logits = self.head(features)
         cam = self.head.cam(features, logits.argmax(1))
@@ -186,7 +189,13 @@ class AnchorNetClassifier(PatchClassifier):
                     f"a map of {features.grid[0]} x {features.grid[1]} cells is smaller than one window of "
                     f"{self.window_cells} x {self.window_cells}; use larger images or a smaller window_cells"
                 )
-            stride = height // features.grid[0]
+            stride = size[0] // features.grid[0]
+            if (stride * features.grid[0], stride * features.grid[1]) != tuple(size):
+                raise DataError(
+                    f"a map of {features.grid[0]} x {features.grid[1]} cells does not divide an image of "
+                    f"{size[0]} x {size[1]} px into squares, which window_cells needs; use sides that are "
+                    "multiples of the backbone's stride"
+                )
             window = Window(self.window_cells * stride, stride)
             cam = F.avg_pool2d(cam, self.window_cells, 1)
         return Localisation(logits, cam, self.selector(cam, window), window)
@@ -223,7 +232,7 @@ class AnchorNetClassifier(PatchClassifier):
             inputs [B, 3, H, W].
         """
         features = self.extract(inputs)
-        found = self.localise_features(features, inputs.shape[2])
+        found = self.localise_features(features, (inputs.shape[2], inputs.shape[3]))
         macs, dense_macs = self.cost(features)
         size = (inputs.shape[2], inputs.shape[3])
         return window_selection(found, size, 1.0, macs, dense_macs)
@@ -430,6 +439,11 @@ class AnchorNetPatchClassifier(AnchorNetViewClassifier):
             raise ConfigError(f"evaluation={evaluation!r} is unknown; use one of {EVALUATIONS}")
         self.evaluation = evaluation
         self.anchor = MODELS.build(anchor)
+        if evaluation == "five_crop" and getattr(self.anchor, "window_cells", None) is not None:
+            raise ConfigError(
+                "evaluation='five_crop' takes crops of the localiser's window, whose side depends on the "
+                "image with window_cells; use evaluation='localised'"
+            )
         self.anchor.requires_grad_(False)
         self.anchor.eval()
         self.register_state_dict_post_hook(_without_anchor)

@@ -206,15 +206,11 @@ class EarlyExitQueue:
         if len(images) < self.size:
             tail = images[-1:].expand(self.size - len(images), *images.shape[1:])
             images = torch.cat((images, tail))
-        elif images.shape[1:] != self.pool.shape[1:]:
-            raise DataError(
-                f"images of {tuple(images.shape[1:])} after {tuple(self.pool.shape[1:])}"
-            )
         items = [_Item(count + number, self.free.popleft()) for number in range(meant)]
         slots = self._slots(items)
         self.batches["first"] += 1
         logits = self._call("first", self.model.first_logits, images)
-        self.sums[slots] = logits
+        self.sums[slots] = logits.to(self.sums.dtype)
         return _Job("first", items, logits.float().softmax(1).max(1), images)
 
     def _find(self, queue: deque[_Item]) -> _Job:
@@ -298,6 +294,13 @@ def _chunks(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
     """Cut batches of any length into batches of one length, but for the last."""
     kept: list[Tensor] = []
     for batch in batches:
+        if kept and kept[0].shape[1:] != batch.shape[1:]:
+            raise DataError(
+                f"images of {tuple(batch.shape[1:])} come after {tuple(kept[0].shape[1:])}; bring all to "
+                "one size"
+            )
+        if not len(batch):
+            continue
         kept.append(batch)
         if sum(map(len, kept)) < size:
             continue

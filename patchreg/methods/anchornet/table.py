@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ class ConfidenceTable:
         Raises:
             DataError: Says which part is wrong, and how.
         """
+        if any(not 0 <= cost < math.inf for cost in self.costs):
+            raise DataError(f"costs={self.costs}: expected numbers from 0 on")
         shape = tuple(self.confidence.shape)
         if len(shape) != 2 or 0 in shape:
             raise DataError(f"confidences have shape {shape}; expected [images, stages], both > 0")
@@ -367,6 +370,11 @@ class ConfidenceTable:
         confidence, correct = parts
         assert isinstance(confidence, Tensor)
         assert isinstance(correct, Tensor)
+        if correct.dtype != torch.bool and not bool(((correct == 0) | (correct == 1)).all()):
+            raise DataError(
+                f"'{source}': predictions hold {correct.max().item():g}; expected whether each stage is "
+                "right (bool, or 0 and 1), not classes"
+            )
         return cls(
             confidence=confidence.cpu().float(),
             correct=correct.cpu().bool(),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchreg.registry import MODELS
 from patchreg.utils.errors import CheckpointError, ConfigError
 from patchreg.utils.weights import state_dict_of
 
@@ -42,6 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 NUMBERS = ("epoch", "acc", "reward")
 AGENTS = ("agent", "net")
 CLASSIFIERS = ("resnet_hr", "resnet")
+_BUILT = ("type", "depth", "num_blocks", "base_channels", "model_name", "output")
 _DS = re.compile(r"ds\.(\d)\.")
 _BLOCKS = re.compile(r"blocks\.(\d)\.")
 _LAYER = re.compile(r"layer(\d)\.(0\.downsample\.)?")
@@ -89,6 +91,10 @@ def convert(
         for value in [loaded.get(key, loaded.get("meta", {}).get(key))]
         if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
     }
+    if "epoch" in numbers and "epoch" not in loaded and "iter" in loaded.get("meta", {}):
+        # A run counts finished epochs, the official files name the last one.
+        numbers["epoch"] = max(numbers["epoch"] - 1, 0)
+    missing, unexpected = _compare(parts, path)
     if to == "ours":
         checkpoint = _write_ours(parts, numbers)
     else:
@@ -97,8 +103,8 @@ def convert(
         "from": found,
         "to": to,
         "used": [f"{name}{key}" for name, part in parts.items() for key in part],
-        "missing": [],
-        "unexpected": [],
+        "missing": missing,
+        "unexpected": unexpected,
         "not_carried": [*left, *(key for key in loaded if key in ("optimizer", "message_hub"))],
         "model": {
             name.rstrip(".") or "classifier": _describe(part, path) for name, part in parts.items()
@@ -215,7 +221,33 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif legacy:
             name = "features." + name
         found[name] = value
+    if "conv1.weight" not in found and "features.conv1.weight" not in found:
+        raise CheckpointError(
+            "the PatchDrop repository has ResNets only, and this network is none: its weights begin with "
+            f"{sorted(state)[:3]}"
+        )
     return found
+
+
+def _compare(parts: Mapping[str, Mapping[str, Tensor]], path: str) -> tuple[list[str], list[str]]:
+    """Return what the networks of a file lack, and what they have besides."""
+    missing, unexpected = [], []
+    for name, part in parts.items():
+        described = _describe(part, path)
+        kind = {key: described[key] for key in _BUILT if key in described}
+        if "type" not in kind:
+            continue
+        with torch.device("meta"):
+            built = MODELS.build(dict(kind, num_classes=0) if "model_name" in kind else kind)
+        expected = {f"backbone.{key}" for key in built.state_dict()}
+        # Files of before PyTorch 0.4.1 do not count the batches of BatchNorm.
+        expected = {key for key in expected if not key.endswith("num_batches_tracked")} | {
+            key for key in expected if key in part
+        }
+        found = {key for key in part if key.startswith("backbone.")}
+        missing += [f"{name}{key}" for key in sorted(expected - found)]
+        unexpected += [f"{name}{key}" for key in sorted(found - expected)]
+    return missing, unexpected
 
 
 def _legacy_name(match: re.Match[str]) -> str:
@@ -251,6 +283,10 @@ def _write_official(
         return {"state_dict": to_official(parts["classifier."]), **checkpoint}
     checkpoint["agent"] = to_official(parts["selector."])
     if stage == 1 or "classifier." not in parts:
+        if "classifier." in parts and stage3_key:
+            raise ConfigError(
+                "--stage3-key is for a classifier, which files of stage 1 do not hold"
+            )
         if stage not in (None, 1) or stage3_key:
             raise ConfigError(f"'{path}' has no classifier, which stage {stage or 3} needs")
         return checkpoint
@@ -284,6 +320,8 @@ def _describe(state: Mapping[str, Tensor], path: str) -> dict[str, Any]:
         )
         for i in range(1, 5)
     ]
+    if start + "conv1.weight" not in state or not any(counts):
+        return found | {"layout": "unknown"}
     if start == "backbone.":
         width = state["backbone.conv1.weight"].shape[0]
         found.update(type="CIFARResNetBackbone", num_blocks=tuple(counts), base_channels=width)

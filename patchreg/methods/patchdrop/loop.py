@@ -50,7 +50,17 @@ class PatchDropSweepLoop(TestLoop):
         baselines: Sequence[str] = (),
     ) -> None:
         super().__init__(runner, dataloader, evaluator)
-        patchdrop_model(runner)
+        model = patchdrop_model(runner)
+        if not hasattr(model.selector, "top_k"):
+            raise ConfigError(
+                f"PatchDropSweepLoop moves the threshold of a policy; a {type(model.selector).__name__} "
+                "has none (name its pattern in `baselines`)"
+            )
+        cells = model.selector.num_patches
+        if any(not 0 <= count <= cells for count in top_k):
+            raise ConfigError(
+                f"top_k={list(top_k)}: expected 0 to {cells}, the patches of the grid"
+            )
         if not thresholds and not top_k:
             raise ConfigError("PatchDropSweepLoop: set thresholds or top_k; both are empty")
         if any(not 0 < value < 1 for value in thresholds):

@@ -95,7 +95,8 @@ class PatchDropPolicyLoss(nn.Module):
             return actions.sum(1, keepdim=True) / actions.shape[1]
         if len(self.prices) != actions.shape[1]:
             raise ConfigError(f"{len(self.prices)} prices for {actions.shape[1]} patches")
-        prices = self.prices.to(actions.dtype)
+        floating = actions.is_floating_point()
+        prices = self.prices.to(actions.dtype if floating else torch.get_default_dtype())
         return (actions * prices).sum(1, keepdim=True) / prices.sum()
 
     def reward(self, logits: Tensor, targets: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:

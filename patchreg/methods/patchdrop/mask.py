@@ -25,7 +25,7 @@ def check_actions(actions: Tensor, cells: int) -> None:
     Raises:
         DataError: Another shape, or other values (NaN among them).
     """
-    if actions.ndim != 2 or actions.shape[1] != cells:
+    if cells < 1 or actions.ndim != 2 or actions.shape[1] != cells:
         raise DataError(f"actions have shape {tuple(actions.shape)}; expected [B, {cells}]")
     if torch.compiler.is_compiling():
         # A compiler captures no check of values.

@@ -29,18 +29,21 @@ def performance_stats(actions: Tensor, rewards: Tensor, right: Tensor) -> dict[s
 
     Returns:
         `accuracy` (share), `reward`, `kept_patches_mean`, `kept_patches_std` (unbiased, 0 for one
-        image) and `unique_policies`.
+        image) and `unique_policies`; `sparsity` and `variance` are the official names of the second
+        and the third.
 
     Differs from official:
-        There the standard deviation is called variance, the mean of kept patches sparsity, and
-        one image gives NaN.
+        There one image gives NaN.
     """
     kept = actions.double().sum(1)
+    mean, spread = kept.mean().item(), kept.std().item() if len(kept) > 1 else 0.0
     return {
         "accuracy": right.double().mean().item(),
         "reward": rewards.double().mean().item(),
-        "kept_patches_mean": kept.mean().item(),
-        "kept_patches_std": kept.std().item() if len(kept) > 1 else 0.0,
+        "kept_patches_mean": mean,
+        "kept_patches_std": spread,
+        "sparsity": mean,
+        "variance": spread,
         "unique_policies": float(len(actions.bool().unique(dim=0))),
     }
 

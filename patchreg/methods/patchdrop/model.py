@@ -178,6 +178,13 @@ class PatchDropClassifier(ImageModel):
                 f"selector.num_patches={self.selector.num_patches} does not fit a grid of "
                 f"{self.grid[0]} x {self.grid[1]} patches"
             )
+        if patch_size is not None and patch_size < 1:
+            raise ConfigError(f"patch_size={patch_size}: expected a side in px, or None")
+        if hasattr(self.classifier, "classify") and (patch_size is not None or fill != "zero"):
+            raise ConfigError(
+                f"patch_size={patch_size}, fill={fill!r}: a {type(self.classifier).__name__} reads the "
+                "kept patches of a grid that covers the image, and no others; leave both out"
+            )
         self.active: Tensor | None = None
         """1 for patches the policy decides about already, set by PatchDropCurriculumHook."""
         self.last_step: PatchDropStep | None = None
@@ -213,19 +220,35 @@ class PatchDropClassifier(ImageModel):
         names = {"classifier": self.classifier, "selector": self.selector}
         if self.lr_classifier is not None:
             names["lr_classifier"] = self.lr_classifier
-        loads = {name: part.init_cfg for name, part in names.items()}
-        whole = self.init_cfg is not None
+        self.require_weights()
         for name, part in names.items():
-            config = loads[name]
+            config = part.init_cfg
             if isinstance(config, dict) and config.get("type") == "Pretrained":
                 load_part(part, config["checkpoint"], config.get("prefix"), f"model.{name}")
                 part._is_init = True
-            elif part in self.frozen_parts() and not whole and not self.random_parts:
+        super().init_weights()
+
+    def require_weights(self) -> None:
+        """Refuse frozen parts that no file gives weights to.
+
+        Raises:
+            ConfigError: A frozen part names no weights, and those of the whole model lack it.
+        """
+        if self.random_parts:
+            return
+        whole: set[str] = set()
+        if isinstance(self.init_cfg, dict) and self.init_cfg.get("type") == "Pretrained":
+            path = self.init_cfg["checkpoint"]
+            whole = set(state_dict_of(load_file(path), path))
+        for name in ("classifier", "lr_classifier"):
+            part = getattr(self, name)
+            if part is None or part not in self.frozen_parts() or part.init_cfg is not None:
+                continue
+            if not all(f"{name}.{key}" in whole for key in part.state_dict()):
                 raise ConfigError(
                     f"stage {self.stage!r} does not train model.{name}, which has no weights; set "
                     f"model.{name}.init_cfg=dict(type='Pretrained', checkpoint=...)"
                 )
-        super().init_weights()
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Classify images.
@@ -340,20 +363,20 @@ class PatchDropClassifier(ImageModel):
             inputs [B, 3, H, W].
 
         Raises:
-            DataError: Labels are missing or mixed, or the batch is one image and BatchNorm sees
-                one value per channel.
+            DataError: Labels are missing or mixed.
+            ConfigError: A policy that does not learn, in the stage that trains nothing else.
         """
         targets = stack_targets(data_samples, inputs.device)
         if targets.is_floating_point():
             raise DataError("PatchDrop's reward needs one label per image; set batch_augment=None")
         uniform = self.selector.draws(inputs, torch.promote_types(inputs.dtype, torch.float32))
         overview = self.overview(inputs)
-        if len(inputs) == 1 and min(overview.shape[2:]) <= 8:
-            raise DataError(
-                "a training batch of one image leaves BatchNorm one value per channel on the "
-                "low-resolution view; set drop_last=True or another batch size"
-            )
         bounded = bounded_probability(self.selector(overview)[0].sigmoid(), self.selector.alpha)
+        if self.stage == "pretrain" and not bounded.requires_grad and torch.is_grad_enabled():
+            raise ConfigError(
+                f"stage 'pretrain' trains the policy alone, and a {type(self.selector).__name__} does not "
+                "learn; set stage='finetune' to train the classifier on its choices"
+            )
         with torch.no_grad():
             sampled = self.force_inactive(self.selector.sample(bounded, uniform.to(bounded.dtype)))
             greedy = self.force_inactive(self.selector.greedy(bounded))
@@ -439,18 +462,22 @@ class PatchDropClassifier(ImageModel):
             found = self.fuse(found, lr_logits, actions)
         return PatchDropOutput(found, probability, actions, macs, dense)
 
-    def blank_label(self, inputs: Tensor) -> int:
-        """Return what is predicted for an image of which nothing was acquired.
+    def blank_labels(self, inputs: Tensor) -> list[int]:
+        """Return what is predicted for each image when nothing of it is acquired.
 
         Args:
-            inputs: Preprocessed images, for size and device.
+            inputs: Preprocessed images; only a low-resolution classifier looks at them.
 
         Shape:
             inputs [B, 3, H, W].
         """
         image = torch.zeros_like(inputs[:1])
         nothing = image.new_zeros(1, self.selector.num_patches)
-        return int(self.classify(image, nothing, self.overview(image))[0].argmax())
+        logits = self.classify(image, nothing, self.overview(image))[0].expand(len(inputs), -1)
+        if self.lr_classifier is not None:
+            seen = self._low_resolution(self.overview(inputs))
+            logits = self.fuse(logits, seen, nothing.expand(len(inputs), -1))
+        return logits.argmax(dim=1).tolist()
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, data_samples: list[Any] | None = None) -> list[Any]:
@@ -471,14 +498,14 @@ class PatchDropClassifier(ImageModel):
         samples = fill_predictions(data_samples, out.logits, out.macs, out.dense_macs)
         right, wrong = self.policy_loss.values(out.actions.float())
         rewards = torch.cat((right, wrong), dim=1).tolist()
-        blank = self.blank_label(inputs)
+        blank = self.blank_labels(inputs)
         actions, probability = out.actions.cpu(), out.probability.cpu()
         for index, sample in enumerate(samples):
             values = dict(
                 patch_keep=actions[index],
                 patch_probability=probability[index],
                 patch_rewards=rewards[index],
-                blank_label=blank,
+                blank_label=blank[index],
             )
             for name, value in values.items():
                 sample.set_field(value, name, dtype=None, field_type="data")

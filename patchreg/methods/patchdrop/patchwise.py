@@ -204,8 +204,11 @@ class PatchDropBagClassifier(_PatchwiseClassifier):
             found = self.backbone(patches[kept])
             features, per_patch = found.tokens.mean(1), found.dense_macs
         else:
-            # One patch tells the width; its features are not used.
+            # One patch tells the width; its features are not used, nor kept in BatchNorm's statistics.
+            training = self.backbone.training
+            self.backbone.eval()
             found = self.backbone(patches[:1, 0])
+            self.backbone.train(training)
             features, per_patch = found.tokens.mean(1)[:0], found.dense_macs
         total = features.new_zeros(len(images), features.shape[1])
         mean = total.index_add(0, image, features) / counts.clamp(min=1).unsqueeze(1)

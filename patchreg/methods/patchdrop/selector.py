@@ -107,6 +107,8 @@ class PatchDropSelector(BaseModule):
         for name, value in (("top_k", top_k), ("min_keep", min_keep)):
             if value is not None and not 0 <= value <= num_patches:
                 raise ConfigError(f"{name}={value} is outside [0, {num_patches}]")
+        if top_k is not None and top_k < min_keep:
+            raise ConfigError(f"top_k={top_k} keeps fewer patches than min_keep={min_keep}")
         self.num_patches = num_patches
         self.set_alpha(alpha)
         self.pool = pool
@@ -281,7 +283,8 @@ class PatchDropFixedSelector(BaseModule):
             images.
         sharpness: How much `stochastic` prefers the centre: the chance of a cell is proportional to
             exp(-sharpness * distance), distance 1 being half the image's diagonal.
-        seed: Seed of the draws, which are the same for the same images in the same order.
+        seed: Seed of the draws of an evaluation, which are the same for the same images in the same
+            order; those of a training are keyed by the step.
         init_cfg: As in MMEngine; there are no weights.
 
     Raises:
@@ -333,7 +336,7 @@ class PatchDropFixedSelector(BaseModule):
             Returns float32 [B, P].
         """
         if self.pattern in ("random", "stochastic"):
-            uniform = torch.rand(images, self.num_patches, generator=self.generator)
+            uniform = self._uniform(images, self.num_patches)
             gumbel = -torch.log(-torch.log(uniform.clamp(2.0**-25, 1 - 2.0**-24)))
             return (
                 gumbel - self.sharpness * self._distance()
@@ -345,6 +348,11 @@ class PatchDropFixedSelector(BaseModule):
             0, order, torch.arange(self.num_patches, 0.0, -1.0)
         )
         return rank.expand(images, -1)
+
+    def _uniform(self, images: int, columns: int) -> Tensor:
+        if self.training:
+            return batch_random.uniform(images, (columns,), "cpu")
+        return torch.rand(images, columns, generator=self.generator)
 
     def _distance(self) -> Tensor:
         rows, columns = self.grid
@@ -363,7 +371,7 @@ class PatchDropFixedSelector(BaseModule):
         """
         scores = self.scores(len(overview))
         whole = int(self.keep)
-        extra = torch.rand(len(overview), generator=self.generator) < self.keep - whole
+        extra = self._uniform(len(overview), 1)[:, 0] < self.keep - whole
         count = whole + extra.long()
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         kept = rank < count[:, None]

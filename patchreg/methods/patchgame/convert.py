@@ -30,6 +30,8 @@ OPTIONS: dict[str, dict[str, Any]] = {}
 """Flags of tools/convert.py: none."""
 
 _NETWORKS = ("sender.patch_rank.", "receiver.vision.")
+_VIT = ("cls_token", "dist_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+_LAYERS = "receiver.encoder.layers."
 _KEPT = ("epoch", "args", "optimizer")
 _WEIGHT_NORM = {
     "last_layer.parametrizations.weight.original0": "last_layer.weight_g",
@@ -75,6 +77,12 @@ def convert(
     if layout not in ("auto", found):
         raise ConfigError(f"--from {layout}, but '{path}' has the layout '{found}'")
     official = {names[key]: value for key, value in state.items()}
+    lost = _lost(official)
+    if lost:
+        raise CheckpointError(
+            f"'{path}' is no whole PatchGame: it lacks {', '.join(lost[:4])}"
+            + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+        )
     known = {key: name for key, name in names.items() if _known(name)}
     used = known
     if to == "listener":
@@ -128,10 +136,27 @@ def our_name(name: str) -> str:
     """
     for network in _NETWORKS:
         rest = name.removeprefix(network)
-        # ViTs have the same names here and there; convolutional networks are torchvision's.
-        if rest != name and rest.startswith(("conv1", "bn1", "layer", "features", "fc")):
+        # ViTs have the same names here and there; other networks are torchvision's.
+        if rest != name and not rest.startswith(_VIT):
             return f"{network}model.{rest}"
     return name
+
+
+def _lost(state: Mapping[str, Tensor]) -> list[str]:
+    """Return which entries of the official layout, outside the image networks, are not there."""
+    layers = {int(name.split(".")[3]) for name in state if name.startswith(_LAYERS)}
+    inside = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight")
+    inside += ("linear2.weight", "norm1.weight", "norm2.weight")
+    expected = [
+        f"{_LAYERS}{n}.{part}" for n in range(max(layers, default=0) + 1) for part in inside
+    ]
+    expected += ["sender.pe_symbol", "gumbel.logits.weight"]
+    for head in ("text_fc", "vision_fc"):
+        expected += [f"receiver.{head}.last_layer.weight_{part}" for part in "gv"]
+    context = "sender.patch_symbol.patch_embed.proj.weight"
+    alone = "sender.patch_symbol.weight" in state
+    expected += [] if alone else [context, "sender.lin_symbol.0.weight"]
+    return [name for name in expected if name not in state]
 
 
 def _plain(key: str) -> str:

@@ -43,7 +43,7 @@ class SymbolEmbedding(nn.Module):
         Shape:
             symbols [...] or [..., V]; returns [..., D].
         """
-        return symbols @ self.weight if symbols.is_floating_point() else self.weight[symbols]
+        return symbols @ self.weight if symbols.is_floating_point() else self.weight[symbols.long()]
 
 
 class PatchGameListener(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from patchreg.losses.contrastive import ContrastiveLoss, Embedding, matching_accuracy
+from patchreg.losses.contrastive import ContrastiveLoss, Embedding, match_places, matching_accuracy
 from patchreg.methods.patchgame import convert
 from patchreg.methods.patchgame.listener import PatchGameListener
 from patchreg.methods.patchgame.speaker import PatchGameSpeaker, PatchGameSymbols
@@ -304,10 +304,10 @@ class PatchGamePretrainer(BaseModel):
             for side in (result.image, result.text)
         )
         cosines = image @ text.T
-        right = cosines.diagonal()
-        places = ((cosines > right[None]).sum(0), (cosines > right[:, None]).sum(1))
+        own = torch.arange(len(cosines), device=cosines.device)
+        places = (match_places(cosines.T, own), match_places(cosines, own))
         return [
-            dict(match_place=place, match_count=len(right))
+            dict(match_place=place, match_count=len(own))
             for place in torch.stack(places, dim=1).cpu()
         ]
 
@@ -323,7 +323,11 @@ class PatchGamePretrainer(BaseModel):
 
         Shape:
             inputs [B, 3, H, W].
+
+        Raises:
+            DataError: The image cannot be cut into patches.
         """
+        self._grid(inputs)
         score, grid = self.sender.score(inputs)
         score = score.float()
         topk = self.sender.selector.topk
@@ -348,7 +352,11 @@ class PatchGamePretrainer(BaseModel):
 
         Shape:
             inputs [B, 3, H, W]; returns [B, P, L] int64.
+
+        Raises:
+            DataError: The image cannot be cut into patches.
         """
+        self._grid(inputs)
         logits, _ = self.gumbel(self.sender.embed(inputs)[0])
         return logits.unflatten(-1, self.gumbel.shape).argmax(dim=-1)
 

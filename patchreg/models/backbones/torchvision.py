@@ -52,6 +52,20 @@ def modern_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_OLD_DENSENET.sub(r"\1\2.", key): value for key, value in state.items()}
 
 
+def with_counts(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the counts of batches that BatchNorm keeps, which files of before PyTorch 0.4.1 lack.
+
+    Args:
+        state: State dict.
+        own: State dict of the network.
+    """
+    name = "num_batches_tracked"
+    if any(key.endswith(name) for key in state):
+        return dict(state)
+    start = "model." if state and all(key.startswith("model.") for key in state) else ""
+    return {**state, **{start + key: own[key] * 0 for key in own if key.endswith(name)}}
+
+
 @BACKBONES.register_module()
 class TorchvisionBackbone(CountedMacs, BaseModule):
     """Classification network of torchvision by name, unmodified; nothing is downloaded.
@@ -134,8 +148,8 @@ class TorchvisionBackbone(CountedMacs, BaseModule):
         setattr(self.model, self._head, nn.Identity())
 
     def _load(self, path: str, model_name: str) -> None:
-        state = modern_keys(load_weights(path))
         own = self.model.state_dict()
+        state = with_counts(modern_keys(load_weights(path)), own)
         if all(key.startswith("model.") for key in state):
             state = {key[len("model.") :]: value for key, value in state.items()}
         foreign = [

@@ -5,6 +5,8 @@ Letters: B images, P patches in raster order.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor
@@ -46,7 +48,8 @@ def top_mask(score: Tensor, count: int) -> Tensor:
             f"cannot keep {count} of {score.shape[1]} patches; keep 1 to {score.shape[1]}"
         )
     mask = torch.zeros_like(score, dtype=torch.bool)
-    return mask.scatter_(1, score.topk(count, dim=1).indices, True)
+    # Stable, so that these are the first of the order in which patches are ranked, also among equals.
+    return mask.scatter_(1, score.argsort(dim=1, descending=True, stable=True)[:, :count], True)
 
 
 @SELECTORS.register_module()
@@ -97,8 +100,12 @@ class RankSelector(BaseModule):
                 raise ConfigError(
                     f"{name}={value!r} is unknown.{did_you_mean(value, known)} Use one of {known}"
                 )
-        if not strength > 0 or not temperature > 0:
-            raise ConfigError(f"strength={strength}, temperature={temperature}: both must exceed 0")
+        if not 0 < strength < math.inf or not 0 < temperature < math.inf:
+            raise ConfigError(
+                f"strength={strength}, temperature={temperature}: both must exceed 0, and be finite"
+            )
+        if count is not None and count < 1:
+            raise ConfigError(f"count={count}: expected the number of patches, or None")
         if topk is not None and topk < 1:
             raise ConfigError(f"topk={topk}: keep at least 1 patch, or all, softly, with topk=None")
         self.norm = norm

@@ -239,10 +239,31 @@ def patch_sides(vit: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
+def _scores_of_windows(selection: PatchSelection, grid: tuple[int, int]) -> Tensor:
+    boxes = selection.boxes.flatten(0, 1)
+    box = boxes[(boxes[:, 2] > boxes[:, 0]).nonzero()[:1, 0]][0]
+    assert selection.grid is not None
+    places = []
+    for pixels, cells, count, side in (
+        (selection.image_size[0], selection.grid[0], grid[0], float(box[3] - box[1])),
+        (selection.image_size[1], selection.grid[1], grid[1], float(box[2] - box[0])),
+    ):
+        centre = (torch.arange(count, device=boxes.device) + 0.5) * (pixels / count)
+        # From the first window's centre to the last one's is -1 to 1.
+        reach = max(pixels - side, 1.0) if cells > 1 else 1.0
+        places.append(2 * (centre - side / 2) / reach - 1)
+    y, x = torch.meshgrid(*places, indexing="ij")
+    maps = selection.score.float().unflatten(1, (1, *selection.grid))
+    where = torch.stack((x, y), dim=-1).to(maps).expand(len(maps), -1, -1, -1)
+    found = F.grid_sample(maps, where, padding_mode="border", align_corners=True)
+    return found.flatten(1)
+
+
 def scores_on_grid(selection: PatchSelection, grid: tuple[int, int]) -> Tensor:
     """Return the scores of a selection on another grid of patches.
 
-    Scores on a grid are resampled (bilinear, antialiased). Free boxes count by their place in the order:
+    Scores on a grid are resampled (bilinear, antialiased); those of windows that overlap are read off
+    (bilinear) where the windows have their centres. Free boxes count by their place in the order:
     a patch gets the best of the shares in which boxes cover it, each times (K - place) / K.
 
     Args:
@@ -253,6 +274,8 @@ def scores_on_grid(selection: PatchSelection, grid: tuple[int, int]) -> Tensor:
         Returns [B, rows * columns].
     """
     if selection.grid is not None:
+        if not selection.tiles():
+            return _scores_of_windows(selection, grid)
         maps = selection.score.float().unflatten(1, (1, *selection.grid))
         if selection.grid != tuple(grid):
             maps = F.interpolate(

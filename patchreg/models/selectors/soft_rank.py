@@ -166,6 +166,11 @@ class _SoftRank(torch.autograd.Function):
         # Sorted, whatever is not finite lies at an end.
         if scores.device.type == "cpu" and not bool(torch.isfinite(ordered[:, [0, -1]]).all()):
             raise ValueError("scores hold values that are not finite; the model has diverged")
+        if scores.device.type != "cpu" or bool((ordered[:, 0] - ordered[:, -1]).max() > 1e6):
+            # Sums of far-off values lose digits. A gap beyond n + 1 counts like one of n + 1: whatever lies
+            # on its two sides never shares a block.
+            gaps = -ordered.diff(dim=1, prepend=ordered[:, :1])
+            ordered = -gaps.clamp(max=count + 1.0).cumsum(dim=1)
         steps = torch.arange(count, 0, -1, dtype=torch.float64, device=scores.device)
         residual = ordered - steps
         fit = isotonic(residual) if kernels is None else kernels(residual)
