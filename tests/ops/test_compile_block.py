@@ -78,6 +78,8 @@ def _every_key(query, key, value, ends_query, ends_key, longest_query, longest_k
 @torch._dynamo.config.patch(capture_scalar_outputs=True)
 def test_half_precision_block_with_packed_attention_compiles_as_one_graph(monkeypatch, training):
     # As on CUDA, where the rows are not known while the graph is made.
+    if attention.varlen_kernel() is None:
+        pytest.skip("torch before 2.10 has no attention of sequences of different lengths")
     monkeypatch.setattr(attention, "varlen_kernel", lambda: _every_key)
     monkeypatch.setattr(attention, "_varlen_lack", lambda query: "")
     monkeypatch.setattr(attention, "_fastest", lambda *arguments: "varlen")
