@@ -195,7 +195,7 @@ class SelectedClassifier(ImageModel):
         if self.use == "order":
             spent = inputs.new_zeros(len(inputs), dtype=torch.float64)
             logits, macs, dense = self.classifier.predict_ranked(
-                inputs, self._lazy_scores(inputs, spent)
+                inputs, self._noted(lambda rows: self.choose(inputs[rows]), spent)
             )
             return logits, macs.to(spent) + spent, dense, None
         selection = self.choose(inputs)
@@ -216,16 +216,19 @@ class SelectedClassifier(ImageModel):
             macs = macs + selection.macs.to(macs)
         return logits, macs, dense, selection
 
-    def _lazy_scores(self, inputs: Tensor, spent: Tensor) -> Callable[[Tensor], PatchSelection]:
+    @staticmethod
+    def _noted(
+        choose: Callable[[Tensor], PatchSelection], spent: Tensor
+    ) -> Callable[[Tensor], PatchSelection]:
         """Return a function that ranks some images of the batch and notes what it spent."""
 
-        def scores(rows: Tensor) -> PatchSelection:
-            selection = self.choose(inputs[rows])
+        def rank(rows: Tensor) -> PatchSelection:
+            selection = choose(rows)
             if selection.macs is not None:
                 spent[rows] += selection.macs.to(spent)
             return selection
 
-        return scores
+        return rank
 
     def loss(self, inputs: Tensor, data_samples: list[Any]) -> dict[str, Tensor]:
         """Return the classifier's losses on what the selector leaves it.
@@ -282,16 +285,11 @@ class SelectedClassifier(ImageModel):
             # Ranked once: a selector that draws would answer otherwise the second time.
             whole = self.choose(inputs)
             spent = inputs.new_zeros(len(inputs), dtype=torch.float64)
-
-            def rank(rows: Tensor) -> PatchSelection:
-                if whole.macs is not None:
-                    spent[rows] += whole.macs[rows].to(spent)
-                return whole[rows]
-
-            _, macs, dense = self.classifier.predict_ranked(inputs, rank)
+            ranks = self._noted(whole.__getitem__, spent)
+            _, macs, dense = self.classifier.predict_ranked(inputs, ranks)
             macs = macs.to(spent) + spent
             # The classifier knows which of its windows it looked at.
-            found = self.classifier.select_ranked(inputs, lambda rows: whole[rows])
+            found = self.classifier.select_ranked(inputs, whole.__getitem__)
             return dataclasses.replace(found, macs=macs, dense_macs=dense)
         _, macs, dense, selection = self.run(inputs)
         assert selection is not None

@@ -239,11 +239,9 @@ def _compare(parts: Mapping[str, Mapping[str, Tensor]], path: str) -> tuple[list
             continue
         with torch.device("meta"):
             built = MODELS.build(dict(kind, num_classes=0) if "model_name" in kind else kind)
-        expected = {f"backbone.{key}" for key in built.state_dict()}
+        names = (f"backbone.{key}" for key in built.state_dict())
         # Files of before PyTorch 0.4.1 do not count the batches of BatchNorm.
-        expected = {key for key in expected if not key.endswith("num_batches_tracked")} | {
-            key for key in expected if key in part
-        }
+        expected = {key for key in names if key in part or not key.endswith("num_batches_tracked")}
         found = {key for key in part if key.startswith("backbone.")}
         missing += [f"{name}{key}" for key in sorted(expected - found)]
         unexpected += [f"{name}{key}" for key in sorted(found - expected)]
